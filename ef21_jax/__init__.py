@@ -1,0 +1,94 @@
+"""Communication-efficient distributed training in JAX: EF21-Muon and normalized EF21.
+
+Values are spelled with a capital: compressors, norms, rules. Verbs and transformations are not.
+"Paper M" is Gruntkowska, Gaponov, Tovmasyan, Richtárik, "Error Feedback for Muon and Friends"
+(arXiv:2510.00643); "paper N" is "Error Feedback under (L0, L1)-Smoothness: Normalization and
+Momentum" (arXiv:2410.16871).
+"""
+
+from importlib import metadata as _metadata
+
+from . import ledger as ledger
+from ._axes import varying as varying
+from ._compressors import (
+    Chain as Chain,
+    Compressor as Compressor,
+    Identity as Identity,
+    Natural as Natural,
+    RandK as RandK,
+    RankK as RankK,
+    TopK as TopK,
+)
+from ._distributed import (
+    Distributed as Distributed,
+    DistributedState as DistributedState,
+    distribute as distribute,
+    find_state as find_state,
+    replicate as replicate,
+    server_params as server_params,
+    spmd as spmd,
+    state_axes as state_axes,
+)
+from ._feedback import (
+    EF21State as EF21State,
+    ErrorFeedback as ErrorFeedback,
+    MomentumState as MomentumState,
+    ResidualState as ResidualState,
+    compress as compress,
+    ef14 as ef14,
+    ef21 as ef21,
+    ef21_p as ef21_p,
+    no_feedback as no_feedback,
+    worker_momentum as worker_momentum,
+)
+from ._invariant import check_invariant as check_invariant, warm_start as warm_start
+from ._messages import (
+    Message as Message,
+    dense as dense,
+    expand as expand,
+    is_message as is_message,
+    wire_bits as wire_bits,
+)
+from ._norms import (
+    RMS as RMS,
+    Frobenius as Frobenius,
+    Norm as Norm,
+    Scaled as Scaled,
+    Sign as Sign,
+    Spectral as Spectral,
+)
+from ._optimizers import (
+    compressed_sgd as compressed_sgd,
+    ef14_sgd as ef14_sgd,
+    ef21_muon as ef21_muon,
+    ef21_sgd as ef21_sgd,
+    ef21_sgdm as ef21_sgdm,
+    gluon as gluon,
+    lmo_step as lmo_step,
+    muon as muon,
+    normalize as normalize,
+    normalized_ef21 as normalized_ef21,
+    scion as scion,
+)
+from ._polar import (
+    JORDAN as JORDAN,
+    POLAR_EXPRESS as POLAR_EXPRESS,
+    orthogonalize as orthogonalize,
+    polar_express as polar_express,
+)
+from ._routing import (
+    MUON_RULES as MUON_RULES,
+    SCION_RULES as SCION_RULES,
+    Route as Route,
+    Routes as Routes,
+    Rule as Rule,
+    constant as constant,
+    muon_scale as muon_scale,
+    one_over_fan_in as one_over_fan_in,
+    one_over_fan_out as one_over_fan_out,
+    routes as routes,
+    scion_scale as scion_scale,
+)
+
+
+__version__ = _metadata.version("ef21_jax")

@@ -1,0 +1,108 @@
+"""The worker axis: one name, or several, of a vmap, a pmap or a mesh.
+
+In `shard_map` with `check_vma=True` JAX types every array by the axes over which it varies. That
+is what lets us tell local gradients from already summed ones, and what an all-gather must keep
+right. Under vmap, pmap and `check_vma=False` there are no such types, and nothing to keep.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._settings import path_name
+
+
+AxisName = str | tuple[str, ...] | None
+
+
+def names(axis_name: AxisName) -> tuple[str, ...]:
+    """The axis names as a tuple, outermost first. Empty for None: one worker, alone."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def check_bound(axis_name: AxisName) -> None:
+    """Raises a `ValueError` unless something that maps over `axis_name` is being traced."""
+    for name in names(axis_name):
+        try:
+            lax.axis_size(name)
+        except NameError as error:
+            raise ValueError(
+                f"The worker axis {name!r} is not bound here. Map the step over the workers, "
+                f"ef21_jax.spmd(step, axis_name={axis_name!r}), or by a vmap, pmap or shard_map "
+                "of that axis name; or pass axis_name=None to train with a single worker."
+            ) from error
+
+
+def worker_count(axis_name: AxisName) -> int:
+    """How many workers there are. Static."""
+    return math.prod(lax.axis_size(name) for name in names(axis_name))
+
+
+def worker_index(axis_name: AxisName) -> jax.Array | int:
+    """This worker's number, the outermost axis counting slowest."""
+    return lax.axis_index(names(axis_name)) if names(axis_name) else 0
+
+
+def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Every worker's `x`, stacked along a new leading axis of length `worker_count`."""
+    shape = x.shape
+    for name in reversed(names(axis_name)):  # one by one: no gather mixes a vmap and a mesh axis
+        if x.size == 0:
+            x = jnp.zeros((lax.axis_size(name), *x.shape), x.dtype)
+        elif _is_tracked(name):
+            # The plain gather is typed as varying, though every worker has the same; a pmean to
+            # mend that would be a dense all-reduce.
+            x = lax.all_gather(x, name, to="invarying")
+        else:
+            x = lax.all_gather(x, name)
+    return x.reshape(-1, *shape)
+
+
+def varying(tree: Any, axis_name: AxisName) -> Any:
+    """`tree`, typed as each worker's own. Differentiate with respect to this in a `shard_map`.
+
+    With `check_vma=True`, the gradient with respect to *shared* parameters is the sum over the
+    workers: dense bytes have then travelled already. With respect to `varying(params, axis)` it is
+    each worker's own. Call it outside of the function that is differentiated. Does nothing
+    elsewhere, nor to what varies already; `spmd` needs none of it.
+    """
+
+    def cast(leaf):
+        for name in names(axis_name):
+            if _is_tracked(name) and name not in _varying_axes(leaf):
+                leaf = lax.pcast(leaf, name, to="varying")
+        return leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def check_local(gradients: Any, axis_name: AxisName) -> None:
+    """Raises a `ValueError` for gradients whose type says that they were summed already."""
+    for name in names(axis_name):
+        if not _is_tracked(name):
+            continue
+        summed = [
+            path_name(path)
+            for path, leaf in jax.tree.leaves_with_path(gradients)
+            if name not in _varying_axes(leaf)
+        ]
+        if summed:
+            raise ValueError(
+                f"Gradients are the same on every worker of axis {name!r}, hence already summed "
+                f"over it: {', '.join(summed)}. Each worker must bring its own: differentiate with "
+                f"respect to ef21_jax.varying(params, {axis_name!r}), and do not average the loss "
+                "or the gradients."
+            )
+
+
+def _is_tracked(name):
+    return name in _varying_axes(lax.axis_index(name))
+
+
+def _varying_axes(x):
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -1,0 +1,25 @@
+"""The one rule about precision: narrow floats are computed and remembered in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """float64 for float64; float32 for every other floating dtype."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype).itemsize == 8 else jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+    """Every narrow floating leaf in float32. Takes arrays and `jax.ShapeDtypeStruct`s alike."""
+
+    def widen_leaf(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        dtype = at_least_float32(leaf.dtype)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+        return jnp.asarray(leaf, dtype)
+
+    return jax.tree.map(widen_leaf, tree)

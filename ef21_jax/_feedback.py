@@ -1,0 +1,176 @@
+"""Error feedback: how a compressed message is made good later.
+
+EF21 sends the compressed *change* of an estimate that both ends keep, so what is lost now is
+sent later. EF14 keeps what compression has withheld and adds it to the next message. EF21-P, the
+compressed broadcast of a model, is EF14 in the primal: with X the server's model and W the one
+that the workers hold, X − W obeys just EF14's recursion, so X is never stored.
+
+Everything here is one worker's or the server's own arithmetic: nothing communicates.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._compressors import Compressor
+from ._messages import expand
+from ._settings import Setting, per_leaf
+
+
+class ErrorFeedback(NamedTuple):
+    """Both ends of a compressed uplink.
+
+    Attributes:
+      worker: turns a local gradient into a tree of messages. Its `update` needs `key`.
+      server: turns the mean of the expanded messages into an estimate of the gradient.
+    """
+
+    worker: optax.GradientTransformationExtraArgs
+    server: optax.GradientTransformationExtraArgs
+
+
+def compress(compressors: Setting, tree: Any, key: jax.Array) -> Any:
+    """The tree of messages for the leaves of `tree`, each with a key of its own.
+
+    Args:
+      compressors: a compressor, a prefix tree of them, or a function from `tree` to one of these.
+      tree: floating arrays.
+      key: a typed PRNG key. Leaf number i is given `fold_in(key, i)`.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = per_leaf(compressors, tree, Compressor)
+    return treedef.unflatten(
+        compressor.compress(leaf, jax.random.fold_in(key, i))
+        for i, (compressor, leaf) in enumerate(zip(chosen, leaves, strict=True))
+    )
+
+
+class EF21State(NamedTuple):
+    """`estimate` is G_j at worker j, and G, the mean of them all, at the server."""
+
+    estimate: optax.Updates
+
+
+def ef21(compressors: Setting) -> ErrorFeedback:
+    """EF21 (Richtárik, Sokolov, Fatkhullin 2021): R_j = C(M_j − G_j), G_j ← G_j + R_j.
+
+    Estimates start at zero, so the first message is C(M_j), as in paper M, Theorem 6, and paper
+    N, Algorithm 1; `warm_start` gives the exact start of paper M, Algorithm 2.
+    """
+
+    def init(params):
+        return EF21State(optax.tree.zeros_like(params))
+
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params, extra_args
+        messages = compress(compressors, optax.tree.sub(updates, state.estimate), key)
+        return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
+
+    def receive(updates, state, params=None, **extra_args):
+        del params, extra_args
+        estimate = optax.tree.add(state.estimate, updates)
+        return estimate, EF21State(estimate)
+
+    return ErrorFeedback(
+        worker=optax.GradientTransformationExtraArgs(init, send),
+        server=optax.GradientTransformationExtraArgs(init, receive),
+    )
+
+
+class ResidualState(NamedTuple):
+    """`residual` is what compression has withheld so far."""
+
+    residual: optax.Updates
+
+
+def ef14(compressors: Setting) -> ErrorFeedback:
+    """EF14 (Seide et al. 2014): compress the update plus all that was withheld before."""
+
+    def init(params):
+        return ResidualState(optax.tree.zeros_like(params))
+
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params, extra_args
+        target = optax.tree.add(state.residual, updates)
+        messages = compress(compressors, target, key)
+        return messages, ResidualState(optax.tree.sub(target, expand(messages)))
+
+    server = optax.with_extra_args_support(optax.identity())
+    return ErrorFeedback(optax.GradientTransformationExtraArgs(init, send), server)
+
+
+def no_feedback(compressors: Setting) -> ErrorFeedback:
+    """Compresses the update and forgets the rest. The baseline that may diverge."""
+
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params, extra_args
+        return compress(compressors, updates, key), state
+
+    server = optax.with_extra_args_support(optax.identity())
+    worker = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), send)
+    return ErrorFeedback(worker, server)
+
+
+def ef21_p(compressors: Setting) -> optax.GradientTransformationExtraArgs:
+    """EF21-P (Gruntkowska et al. 2023): S = C(X − W), W ← W + S. The `downlink` of `distribute`.
+
+    `params` are W. The update that comes in is the server's step from X, the messages that go out
+    are S, and the state is X − W, in float32. Where parameters are narrower than that, what
+    rounding takes from W + S is fed back too, so that X is a float32 master copy.
+    """
+    inner = ef14(compressors).worker
+
+    def update(updates, state, params=None, **extra_args):
+        messages, state = inner.update(updates, state, params, **extra_args)
+        if params is not None:
+            lost = jax.tree.map(_lost_in_rounding, expand(messages), params)
+            state = ResidualState(optax.tree.add(state.residual, lost))
+        return messages, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _lost_in_rounding(step, param):
+    if param.dtype == step.dtype:
+        return jnp.zeros_like(step)
+    # Just what `optax.apply_updates` will do with the step, cast to the dtype of the parameter.
+    moved = (param + step.astype(param.dtype)).astype(step.dtype) - param.astype(step.dtype)
+    return step - moved
+
+
+class MomentumState(NamedTuple):
+    """`momentum` is M_j; `count` is how many gradients it has seen."""
+
+    momentum: optax.Updates
+    count: jax.Array  # (), int32
+
+
+def worker_momentum(decay: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """M ← decay · M + (1 − decay) · ∇f, starting at the first gradient (paper M, Algorithm 3).
+
+    Args:
+      decay: the paper's 1 − β, in [0, 1). "Momentum 0.9" is decay 0.9, β = 0.1.
+
+    Raises:
+      ValueError: for a decay outside of [0, 1).
+    """
+    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
+        raise ValueError(f"`decay` (momentum) must lie in [0, 1), got {decay}.")
+
+    def init(params):
+        return MomentumState(optax.tree.zeros_like(params), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+
+        def average(gradient, momentum):
+            kept = jnp.asarray(decay, gradient.dtype)
+            later = kept * momentum + (1 - kept) * gradient
+            return jnp.where(state.count == 0, gradient, later)
+
+        momentum = jax.tree.map(average, updates, state.momentum)
+        return momentum, MomentumState(momentum, optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)

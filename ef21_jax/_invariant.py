@@ -1,0 +1,128 @@
+"""What EF21 rests on: G is the mean of the G_j, at all times.
+
+EF21 never heals a breach of it. An estimate lost on one side (a restore that drops the workers'
+part, say) stays wrong for good, and the method converges to the wrong point.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._distributed import DistributedState, find_state
+from ._dtypes import widen
+from ._feedback import EF21State, MomentumState
+from ._settings import path_name
+
+
+def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
+    """Verifies G = mean_j G_j. For outside of jit: after a restore, and every so often.
+
+    Args:
+      state: the optimizer's state, or anything that holds it.
+      tolerance: the largest gap to pass, relative to the largest entry of a leaf. Rounding in
+        float32 makes about 1e-7 in the first steps and 1e-5 after 10,000.
+
+    Returns:
+      The largest relative gap.
+
+    Raises:
+      ValueError: naming the leaf and the gap, where it is larger; or where the state holds no EF21
+        estimates.
+    """
+    state = find_state(state)
+    worker, server = _estimates(state.worker), _estimates(state.server)
+    if not worker or len(worker) != len(server):
+        raise ValueError(
+            f"The state holds {len(worker)} EF21 estimates at the workers and {len(server)} at the "
+            "server: `check_invariant` is for methods built from both ends of `ef21`."
+        )
+    worst = 0.0
+    for (path, mine), theirs in zip(
+        jax.tree.leaves_with_path(worker), jax.tree.leaves(server), strict=True
+    ):
+        mean = _mean(mine, state)
+        if mean.shape != theirs.shape:
+            raise ValueError(
+                f"{path_name(path[2:])}: the workers' estimates average to shape {mean.shape}, the "
+                f"server's has {theirs.shape}. Was the state restored for another model?"
+            )
+        size = float(jnp.max(jnp.abs(mean), initial=0.0))
+        gap = float(jnp.max(jnp.abs(theirs - mean), initial=0.0))
+        relative = gap / size if size else gap
+        if not relative <= tolerance:  # so written, NaN fails
+            raise ValueError(
+                f"{path_name(path[2:])}: G and the mean of the G_j differ by {relative:.2e} of "
+                f"their largest entry (tolerance {tolerance:.0e}). EF21 cannot recover from that. "
+                "Restore workers and server from the same step, or restart both from zero."
+            )
+        worst = max(worst, relative)
+    return worst
+
+
+def warm_start(state: Any, gradients: optax.Updates) -> Any:
+    """Starts a fresh state exactly: G_j = M_j = ∇f_j, G their mean, at the price of dense bytes.
+
+    The initialisation of paper M, Algorithm 2 and Theorems 3, 4, 5. Without it, the first round
+    sends C(∇f_j), as in Theorem 6.
+
+    Args:
+      state: the optimizer's state, or anything that holds it, already replicated.
+      gradients: each worker's, with the leading axis of workers that the state has.
+
+    Returns:
+      The same tree, with estimates and momenta set.
+
+    Raises:
+      ValueError: where the gradients do not fit the estimates.
+    """
+    gradients = widen(gradients)
+
+    def fill(node, new):
+        if isinstance(node, EF21State):
+            _check_same(node.estimate, new)
+            return EF21State(new)
+        if isinstance(node, MomentumState):
+            _check_same(node.momentum, new)
+            return MomentumState(new, jnp.ones_like(node.count))
+        return node
+
+    def start(node):
+        if not isinstance(node, DistributedState):
+            return node
+        mean = jax.tree.map(lambda g: _mean(g, node), gradients)
+        return node._replace(
+            worker=jax.tree.map(lambda n: fill(n, gradients), node.worker, is_leaf=_is_memory),
+            server=jax.tree.map(lambda n: fill(n, mean), node.server, is_leaf=_is_memory),
+        )
+
+    return jax.tree.map(start, state, is_leaf=lambda node: isinstance(node, DistributedState))
+
+
+def _is_memory(node):
+    return isinstance(node, EF21State | MomentumState)
+
+
+def _estimates(tree):
+    nodes = jax.tree.leaves(tree, is_leaf=_is_memory)
+    return [node for node in nodes if isinstance(node, EF21State)]
+
+
+def _mean(leaf, state):
+    # `rejected` is a scalar for each worker, so it tells whether there is an axis of them.
+    return jnp.mean(leaf, axis=0) if state.rejected.ndim else leaf
+
+
+def _check_same(old, new):
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"Gradients have structure {jax.tree.structure(new)}, the state's estimates "
+            f"{jax.tree.structure(old)}."
+        )
+    for (path, a), b in zip(jax.tree.leaves_with_path(old), jax.tree.leaves(new), strict=True):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{path_name(path)}: the gradient has shape {b.shape}, the state's estimate "
+                f"{a.shape}. Both have a leading axis of workers once the state is replicated."
+            )

@@ -1,0 +1,306 @@
+"""The methods, each an assembly of the pieces.
+
+Learning rates are floats or optax schedules. An LMO step has length learning rate × scale in the
+layer's norm, whatever the gradient's size: the radius t of the papers.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from ._axes import AxisName
+from ._compressors import Identity
+from ._distributed import Distributed, distribute
+from ._feedback import ef14, ef21, ef21_p, no_feedback, worker_momentum
+from ._norms import Norm
+from ._polar import unit_scale
+from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
+from ._settings import Setting, per_leaf
+
+
+def lmo_step(
+    norms: Setting,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float | jax.Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """The step t · LMO(G), to be added to the parameters (paper M, equation 2).
+
+    Args:
+      norms: a norm, a prefix tree of norms, or a function from the tree to one of these.
+        `Scaled(norm, s)` makes steps s times as long.
+      learning_rate: the radius t, in units of the norm, or a schedule for it.
+      weight_decay: decoupled: the step also takes learning_rate · weight_decay · params off.
+    """
+
+    def lmo(updates, params=None):
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        chosen = per_leaf(norms, updates, Norm)
+        return treedef.unflatten(norm.lmo(leaf) for norm, leaf in zip(chosen, leaves, strict=True))
+
+    return _step(optax.stateless(lmo), learning_rate, weight_decay)
+
+
+def _step(direction, learning_rate, weight_decay=0.0):
+    """`direction`, to be added, with decoupled weight decay, times the learning rate."""
+    decay = [] if _is_zero(weight_decay) else [optax.add_decayed_weights(-weight_decay)]
+    scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+    return optax.chain(direction, *decay, scale)
+
+
+def _is_zero(x):
+    return isinstance(x, int | float) and x == 0
+
+
+def normalize() -> optax.GradientTransformation:
+    """G / ‖G‖, with the Euclidean norm of the whole tree; zero stays zero (paper N, line 9)."""
+
+    def update(updates, params=None):
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        # One vector, so that the largest entry and the norm are those of the whole tree.
+        flat = [leaf.ravel() for leaf in leaves]
+        whole = unit_scale(jax.numpy.concatenate(flat), (0,)) if flat else None
+        ends = [0]
+        for leaf in leaves:
+            ends.append(ends[-1] + leaf.size)
+        return treedef.unflatten(
+            whole[start:end].reshape(leaf.shape)
+            for leaf, start, end in zip(leaves, ends, ends[1:], strict=False)
+        )
+
+    return optax.stateless(update)
+
+
+def ef21_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.9,
+    uplink: Setting = Identity(),
+    downlink: Setting = Identity(),
+    rules: tuple[Rule, ...] = SCION_RULES,
+    weight_decay: float | jax.Array = 0.0,
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """EF21-Muon (paper M, Algorithm 3).
+
+    Args:
+      learning_rate: the radius of a layer is learning_rate × its rule's scale, in its norm.
+      momentum: the paper's 1 − β: the weight of the old momentum.
+      uplink: compressor of the workers' messages, or a prefix tree of them. A single one is used
+        where the rules say `compress`; vectors go as they are.
+      downlink: likewise of the server's. `Identity()` keeps no residual: then W = X.
+      rules: the layers' norms and scales, see `routes`.
+      weight_decay: decoupled, times the learning rate; acts on the server's model X.
+      axis_name: the axis over which the workers are mapped; None for a single one.
+      seed: of all randomness.
+
+    Raises:
+      ValueError: for parameters out of range; when first given parameters, for a leaf that no
+        rule claims; and as `distribute` does.
+    """
+    feedback = ef21(compressors_by(rules, uplink))
+    return distribute(
+        worker=optax.chain(
+            worker_momentum(momentum),  # M_j ← (1 − β) M_j + β ∇f_j(W; ξ_j)
+            feedback.worker,  # R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
+        ),
+        server=optax.chain(
+            feedback.server,  # G ← G + mean_j R_j
+            lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),  # X ← X + t LMO(G)
+        ),
+        downlink=_downlink(compressors_by(rules, downlink), downlink),  # S = C(X − W),  W ← W + S
+        axis_name=axis_name,
+        seed=seed,
+    )
+
+
+def _downlink(compressors, given):
+    return None if given == Identity() else ef21_p(compressors)
+
+
+def gluon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.9,
+    rules: tuple[Rule, ...] = SCION_RULES,
+    weight_decay: float | jax.Array = 0.0,
+    axis_name: AxisName = None,
+) -> Distributed:
+    """Gluon (Riabinin et al. 2025): LMO steps without compression, X ← X + t LMO(M).
+
+    Gradients are averaged by an all-reduce; there is one momentum, at the server, since the mean
+    of momenta is the momentum of means. Same steps as `ef21_muon` with Identity compressors.
+    Arguments and errors are those of `ef21_muon`.
+    """
+    return distribute(
+        worker=optax.identity(),
+        server=optax.chain(
+            worker_momentum(momentum),
+            lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),
+        ),
+        axis_name=axis_name,
+    )
+
+
+def scion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.9,
+    constrained: bool = False,
+    axis_name: AxisName = None,
+) -> Distributed:
+    """Scion (Pethick et al. 2025): Gluon with Spectral hidden layers, Sign elsewhere.
+
+    Args:
+      constrained: the Frank-Wolfe form, X ← (1 − t) X + t · scale · LMO(M), which keeps every layer
+        in the ball of radius scale.
+
+    The other arguments and the errors are those of `ef21_muon`.
+    """
+    return gluon(
+        learning_rate,
+        momentum=momentum,
+        rules=SCION_RULES,
+        weight_decay=1.0 if constrained else 0.0,
+        axis_name=axis_name,
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.95,
+    nesterov: bool = True,
+    weight_decay: float | jax.Array = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    rules: tuple[Rule, ...] = MUON_RULES,
+    axis_name: AxisName = None,
+) -> Distributed:
+    """Muon (Jordan 2024): Spectral steps for hidden kernels, AdamW for all else.
+
+    Args:
+      learning_rate: in units of the spectral norm, times √max(1, fan_out / fan_in).
+      momentum: of the heavy ball, which starts at zero.
+      nesterov: step along the gradient plus momentum times the ball, not along the ball.
+      weight_decay: of both, decoupled.
+      adam_learning_rate: of AdamW. None: `learning_rate`.
+      rules: leaves with the role "adam" go to AdamW.
+
+    The other arguments and the errors are those of `ef21_muon`.
+    """
+    spectral = optax.chain(
+        optax.trace(momentum, nesterov=nesterov),
+        lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),
+    )
+    adam = optax.adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        weight_decay=weight_decay,
+    )
+
+    def labels(params: Any):
+        found = ["adam" if rule.role == "adam" else "spectral" for rule in claim(rules, params)]
+        return jax.tree.structure(params).unflatten(found)
+
+    return distribute(
+        worker=optax.identity(),
+        server=optax.partition({"spectral": spectral, "adam": adam}, labels),
+        axis_name=axis_name,
+    )
+
+
+def ef21_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    uplink: Setting,
+    downlink: Setting = Identity(),
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """EF21 (Richtárik et al. 2021): x ← x − γ G; with a downlink, EF21-P + EF21.
+
+    Arguments and errors are those of `ef21_muon`; every leaf is compressed.
+    """
+    return _euclidean(ef21(uplink), [], _descent(learning_rate), downlink, axis_name, seed)
+
+
+def ef21_sgdm(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.9,
+    uplink: Setting,
+    downlink: Setting = Identity(),
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """EF21-SGDM (Fatkhullin et al. 2023): EF21 on momenta M_j ← momentum M_j + (1 − momentum) ∇f_j.
+
+    Arguments and errors are those of `ef21_muon`; every leaf is compressed.
+    """
+    before = [worker_momentum(momentum)]
+    return _euclidean(ef21(uplink), before, _descent(learning_rate), downlink, axis_name, seed)
+
+
+def normalized_ef21(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    uplink: Setting,
+    downlink: Setting = Identity(),
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """Normalized EF21 (paper N, Algorithm 1): x ← x − γ v / ‖v‖, for (L0, L1)-smooth functions.
+
+    Arguments and errors are those of `ef21_muon`; every leaf is compressed.
+    """
+    step = optax.chain(normalize(), _descent(learning_rate))
+    return _euclidean(ef21(uplink), [], step, downlink, axis_name, seed)
+
+
+def ef14_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    uplink: Setting,
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """EF14 (Seide et al. 2014; Stich et al. 2018): x ← x − mean_j C(e_j + γ ∇f_j).
+
+    The learning rate stands before the compressor: what is withheld keeps the rate of its time.
+    Arguments and errors are those of `ef21_muon`; every leaf is compressed.
+    """
+    before = [_descent(learning_rate)]
+    return _euclidean(ef14(uplink), before, optax.identity(), Identity(), axis_name, seed)
+
+
+def compressed_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    uplink: Setting,
+    axis_name: AxisName = None,
+    seed: int = 0,
+) -> Distributed:
+    """x ← x − γ mean_j C(∇f_j), without feedback. With a biased compressor it may diverge.
+
+    The baseline that error feedback is there to mend (Beznosikov et al. 2020, Example 1).
+    Arguments and errors are those of `ef21_muon`; every leaf is compressed.
+    """
+    step = _descent(learning_rate)
+    return _euclidean(no_feedback(uplink), [], step, Identity(), axis_name, seed)
+
+
+def _descent(learning_rate):
+    return optax.scale_by_learning_rate(learning_rate)
+
+
+def _euclidean(feedback, before, step, downlink, axis_name, seed):
+    return distribute(
+        worker=optax.chain(*before, feedback.worker),
+        server=optax.chain(feedback.server, step),
+        downlink=_downlink(downlink, downlink),
+        axis_name=axis_name,
+        seed=seed,
+    )

@@ -1,0 +1,132 @@
+"""Integers on the wire: floats as their bits, small integers packed, powers of two in one byte.
+
+Every array that travels is made here and read back here. Nothing in this module rounds, except
+`powers_of_two`, whose rounding is its purpose: the reading end sees exactly the integers the
+writing end saw, and both decode from those.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """The bits of a floating array, as unsigned integers of the same width and shape.
+
+    A compiler may widen a bfloat16 collective or move a cast across it; it leaves integers alone.
+    """
+    return lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+
+
+def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `to_bits`."""
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def pack(integers: jax.Array, width: int) -> jax.Array:
+    """Packs nonnegative integers below 2**width into ceil(size * width / 8) bytes.
+
+    Args:
+      integers: shape (k,), uint32.
+      width: bits for each, from 0 to 32. Static.
+
+    Returns:
+      Shape (ceil(k * width / 8),), uint8.
+    """
+    if width == 0:
+        return jnp.zeros((0,), jnp.uint8)
+    bits = (integers[:, None] >> _places(width)) & jnp.uint32(1)
+    return jnp.packbits(bits.astype(jnp.bool).ravel(), bitorder="little")
+
+
+def unpack(packed: jax.Array, width: int, size: int) -> jax.Array:
+    """The inverse of `pack`, for `size` integers: shape (size,), uint32."""
+    if width == 0:
+        return jnp.zeros((size,), jnp.uint32)
+    bits = jnp.unpackbits(packed, count=size * width, bitorder="little").reshape(size, width)
+    return jnp.sum(bits.astype(jnp.uint32) << _places(width), axis=1, dtype=jnp.uint32)
+
+
+def pack_mask(mask: jax.Array) -> jax.Array:
+    """A boolean array in one bit an entry: shape (ceil(size / 8),), uint8."""
+    return jnp.packbits(mask.ravel(), bitorder="little")
+
+
+def unpack_mask(packed: jax.Array, size: int) -> jax.Array:
+    """The inverse of `pack_mask`: shape (size,), bool."""
+    return jnp.unpackbits(packed, count=size, bitorder="little").astype(jnp.bool)
+
+
+def _places(width):
+    return jnp.arange(width, dtype=jnp.uint32)[None, :]
+
+
+_LEVELS = 127  # a code has seven bits for the exponent, of which 0 means the number zero
+
+
+def powers_of_two(x: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Rounds every entry to a signed power of two, in one byte, counted down from the largest.
+
+    Args:
+      x: any shape, floating.
+      noise: uint32 of the same shape, uniform: rounding is up with probability equal to the
+        mantissa (to 23 bits of it), hence without bias. None rounds to the nearest power.
+
+    Returns:
+      codes: uint8, shape of `x`: a sign bit, then 0 for zero or 1..127 for an exponent.
+      top: uint16, shape (): the exponent, as its float holds it, that code 127 stands for.
+
+    The 127 binades below the largest entry are kept; what is smaller, and what is subnormal in
+    float32 (float64 if that is the input), becomes zero. An entry that would round up past the
+    largest finite power of two of its dtype becomes that power.
+    """
+    layout = _layout(x.dtype)
+    word = to_bits(x.astype(layout.float))
+    magnitude = word & layout.word((1 << layout.sign) - 1)
+    # Adding to the mantissa carries into the exponent with just the wanted probability. Halfway
+    # (1.5 * 2**e, the middle of two powers) is also where the worst relative error is least: 1/3.
+    if noise is None:
+        carry = layout.word(1 << (layout.mantissa - 1))
+    else:
+        carry = (noise >> 9).astype(layout.word) << (layout.mantissa - 23)
+    exponent = (magnitude + carry) >> layout.mantissa
+    exponent = jnp.minimum(exponent, layout.word(layout.largest)).astype(jnp.int32)
+    exponent = jnp.where(magnitude >> layout.mantissa == 0, 0, exponent)
+    top = jnp.max(exponent, initial=0)
+    level = exponent - top + _LEVELS
+    level = jnp.where((exponent > 0) & (level > 0), level, 0)
+    sign = (word >> layout.sign).astype(jnp.uint8) << 7
+    return sign | level.astype(jnp.uint8), top.astype(jnp.uint16)
+
+
+def from_powers_of_two(codes: jax.Array, top: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array of `dtype` that `codes` and `top` of `powers_of_two` stand for."""
+    layout = _layout(dtype)
+    level = (codes & jnp.uint8(127)).astype(jnp.int32)
+    exponent = jnp.where(level > 0, level + top.astype(jnp.int32) - _LEVELS, 0)
+    sign = (codes >> 7).astype(layout.word) << layout.sign
+    word = sign | exponent.astype(layout.word) << layout.mantissa
+    return from_bits(word, layout.float).astype(dtype)
+
+
+class _Layout(NamedTuple):
+    """Where a float keeps its parts: sign bit, exponent, mantissa, from the top down."""
+
+    float: jnp.dtype  # the dtype that is taken apart
+    word: type
+    mantissa: int  # bits
+    sign: int  # place of the sign bit
+    largest: int  # exponent of the largest finite power of two of the *original* dtype
+
+
+def _layout(dtype):
+    bias_of_original = jnp.finfo(dtype).maxexp - 1
+    if jnp.dtype(dtype).itemsize == 8:
+        return _Layout(jnp.dtype(jnp.float64), jnp.uint64, 52, 63, 1023 + bias_of_original)
+    # Every narrower float is exact in float32.
+    return _Layout(jnp.dtype(jnp.float32), jnp.uint32, 23, 31, 127 + bias_of_original)

@@ -1,0 +1,262 @@
+"""Which layer gets which norm, radius and compressor.
+
+A rule claims leaves by the pattern of their path and their number of axes; the first that fits
+wins. A leaf that none claims is an error that names it: a matrix on the wrong norm trains badly
+and says nothing.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from ._compressors import Compressor, Identity
+from ._messages import wire_bits
+from ._norms import RMS, Norm, Scaled, Sign, Spectral
+from ._settings import Setting, path_name, per_leaf
+
+
+# A policy gives the factor of a layer's radius that depends on its shape (fan_in, fan_out).
+ScalePolicy = Callable[[int, int], float]
+
+
+def constant(fan_in: int, fan_out: int) -> float:
+    """1: the radius does not depend on the shape."""
+    del fan_in, fan_out
+    return 1.0
+
+
+def scion_scale(fan_in: int, fan_out: int) -> float:
+    """√(fan_out / fan_in): steps of equal RMS → RMS operator norm (Pethick et al. 2025)."""
+    return math.sqrt(fan_out / fan_in)
+
+
+def muon_scale(fan_in: int, fan_out: int) -> float:
+    """√max(1, fan_out / fan_in) (Jordan 2024)."""
+    return math.sqrt(max(1.0, fan_out / fan_in))
+
+
+def one_over_fan_in(fan_in: int, fan_out: int) -> float:
+    """1 / fan_in: the head, of which every logit is a sum of fan_in terms (Scion's Sign)."""
+    del fan_out
+    return 1 / fan_in
+
+
+def one_over_fan_out(fan_in: int, fan_out: int) -> float:
+    """1 / fan_out: an embedding (vocabulary, features), above all one tied to the head."""
+    del fan_in
+    return 1 / fan_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Claims leaves, and says how they are treated.
+
+    Attributes:
+      role: the name of the role, for the table.
+      norm: of the layer.
+      path: a regular expression, searched (case ignored) in the leaf's path, `blocks/0/q/kernel`.
+      ndims: the numbers of axes it claims.
+      scale: radius = learning rate × scale × policy(fan_in, fan_out), in units of the norm.
+      policy: see `ScalePolicy`. Fans are the last two axes; a vector has (1, 1).
+      compress: whether such leaves are compressed. If not they are sent as they are.
+
+    Raises:
+      ValueError: for a path that is no regular expression, or a scale that is not positive.
+    """
+
+    role: str
+    norm: Norm
+    path: str = ""
+    ndims: tuple[int, ...] = (2,)
+    scale: float = 1.0
+    policy: ScalePolicy = constant
+    compress: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.norm, Norm):
+            raise ValueError(f"Rule {self.role!r}: expected a norm, got {self.norm!r}.")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"Rule {self.role!r}: `scale` must be positive, got {self.scale}.")
+        try:
+            re.compile(self.path)
+        except re.error as error:
+            raise ValueError(
+                f"Rule {self.role!r}: `path` {self.path!r} is no regular expression: {error}."
+            ) from error
+
+    def claims(self, path: str, shape: tuple[int, ...]) -> bool:
+        """Whether the leaf at `path` with `shape` is this rule's."""
+        return len(shape) in self.ndims and bool(re.search(self.path, path, re.IGNORECASE))
+
+    def norm_for(self, shape: tuple[int, ...]) -> Norm:
+        """The norm whose unit ball is the step at learning rate one."""
+        fan_in, fan_out = shape[-2:] if len(shape) >= 2 else (1, 1)
+        scale = self.scale * self.policy(max(1, fan_in), max(1, fan_out))
+        return self.norm if scale == 1 else Scaled(self.norm, scale)
+
+
+_EMBEDDING = r"(^|/)(\w*embed\w*|wte|wpe)(/|$)"
+_HEAD = r"(^|/)(lm_head|head|logits|unembed\w*)(/|$)"
+_KERNEL = r"(^|/)(kernel|weights?|w\d*)(/value)?$"
+
+SCION_RULES: tuple[Rule, ...] = (
+    Rule("vector", RMS(), ndims=(0, 1), scale=50.0, compress=False),
+    Rule("head", Sign(), _HEAD, scale=3000.0, policy=one_over_fan_in),
+    Rule("embedding", Sign(), _EMBEDDING, scale=3000.0, policy=one_over_fan_out),
+    Rule("hidden", Spectral(), _KERNEL, scale=50.0, policy=scion_scale),
+)
+"""Paper M, Table 4, with the shape factors of the Scion code: Spectral 50 for hidden kernels, Sign
+3000 for embeddings and heads. For names as Flax (Linen, NNX) and plain dicts use them. Matrices
+only: stacks, attention tensors and convolutions have more axes, and want a rule of their own."""
+
+MUON_RULES: tuple[Rule, ...] = (
+    Rule("adam", RMS(), ndims=(0, 1), compress=False),
+    Rule("adam", Sign(), f"{_HEAD}|{_EMBEDDING}"),
+    Rule("hidden", Spectral(), _KERNEL, policy=muon_scale),
+)
+"""Jordan (2024): Spectral for hidden kernels; what has the role "adam" is left to AdamW."""
+
+
+def claim(rules: tuple[Rule, ...], tree: Any) -> list[Rule]:
+    """The rule for each leaf of `tree`, in order.
+
+    Raises:
+      ValueError: naming every leaf that no rule claims.
+    """
+    claimed, orphans = [], []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = path_name(path)
+        rule = next((rule for rule in rules if rule.claims(name, leaf.shape)), None)
+        claimed.append(rule)
+        if rule is None:
+            orphans.append(f"{name} {tuple(leaf.shape)}")
+    if orphans:
+        raise ValueError(
+            f"No rule claims {', '.join(orphans)}. Put one in front: rules=(Rule('hidden', "
+            f"Spectral(), path={orphans[0].split()[0]!r}, ndims=...), *SCION_RULES). The rules "
+            f"were: {', '.join(rule.role for rule in rules) or '(none)'}."
+        )
+    return claimed
+
+
+def norms_by(rules: tuple[Rule, ...]) -> Callable[[Any], Any]:
+    """A setting: the tree of norms that `rules` give a tree."""
+
+    def norms(tree):
+        found = [
+            rule.norm_for(leaf.shape)
+            for rule, leaf in zip(claim(rules, tree), jax.tree.leaves(tree), strict=True)
+        ]
+        return jax.tree.structure(tree).unflatten(found)
+
+    return norms
+
+
+def compressors_by(rules: tuple[Rule, ...], compressor: Setting) -> Setting:
+    """A setting: `compressor` where the rules allow it, Identity elsewhere. A tree stays as it is."""
+    if not isinstance(compressor, Compressor):
+        return compressor
+
+    def compressors(tree):
+        found = [compressor if rule.compress else Identity() for rule in claim(rules, tree)]
+        return jax.tree.structure(tree).unflatten(found)
+
+    return compressors
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How one leaf is treated. Bytes are those of one step and one worker, as they travel."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    norm: Norm
+    uplink: Compressor
+    downlink: Compressor
+    bytes_up: int
+    bytes_down: int
+
+
+class Routes(tuple[Route, ...]):
+    """The routes of all leaves, in order. Prints as a table."""
+
+    def __str__(self):
+        head = ("path", "shape", "role", "norm", "uplink", "downlink", "bytes up", "bytes down")
+        body = [
+            (r.path, "×".join(map(str, r.shape)) or "()", r.role, _short(r.norm), repr(r.uplink),
+             repr(r.downlink), f"{r.bytes_up:,}", f"{r.bytes_down:,}")
+            for r in self
+        ]  # fmt: skip
+        up, down = sum(r.bytes_up for r in self), sum(r.bytes_down for r in self)
+        total = ("total", "", "", "", "", "", f"{up:,}", f"{down:,}")
+        return table(head, [*body, total], right=2)
+
+
+def routes(
+    params: optax.Params,
+    rules: tuple[Rule, ...] = SCION_RULES,
+    *,
+    uplink: Setting = Identity(),
+    downlink: Setting = Identity(),
+) -> Routes:
+    """How `ef21_muon` with the same arguments treats each leaf of `params`.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: naming every leaf that no rule claims.
+    """
+
+    def one(path, leaf, rule, up, down):
+        return Route(
+            path=path_name(path),
+            shape=tuple(leaf.shape),
+            role=rule.role,
+            norm=rule.norm_for(leaf.shape),
+            uplink=up,
+            downlink=down,
+            bytes_up=_bytes(up, leaf),
+            bytes_down=_bytes(down, leaf),
+        )
+
+    leaves = jax.tree.leaves_with_path(params)
+    compressors = (
+        per_leaf(compressors_by(rules, setting), params, Compressor)
+        for setting in (uplink, downlink)
+    )
+    found = zip(leaves, claim(rules, params), *compressors, strict=True)
+    return Routes(one(path, leaf, *rest) for (path, leaf), *rest in found)
+
+
+def _bytes(compressor, leaf):
+    from ._dtypes import widen
+
+    x = widen(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    message = jax.eval_shape(compressor.compress, x, jax.eval_shape(lambda: jax.random.key(0)))
+    return wire_bits(message) // 8
+
+
+def _short(norm):
+    if isinstance(norm, Scaled):
+        return f"{norm.scale:.4g} × {norm.base!r}"
+    return repr(norm)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: int) -> str:
+    """Text columns; the last `right` of them are set flush right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells):
+        return "  ".join(
+            cell.rjust(width) if i >= len(head) - right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(head), line(tuple("─" * width for width in widths)), *map(line, rows)])

@@ -1,0 +1,94 @@
+"""What travels in a step: exact bytes, by leaf and direction, from the message arrays themselves."""
+
+import dataclasses
+
+import jax
+import optax
+
+from ._distributed import Distributed
+from ._messages import is_message, wire_bits
+from ._routing import table
+from ._settings import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf's bytes in one step, for one worker."""
+
+    path: str
+    shape: tuple[int, ...]
+    dense: int  # as float32 (float64 for that)
+    up: int  # worker -> server
+    down: int  # server -> worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Bytes of one step, for one worker. Prints as a table.
+
+    `up` is what a worker sends: the arrays of its messages as they are gathered, or the dense
+    array where an all-reduce carries it (which moves up to twice that, depending on the ring).
+    `down` is the one broadcast that the server owes each worker.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def dense(self) -> int:
+        """Bytes of the uncompressed gradient."""
+        return sum(row.dense for row in self.rows)
+
+    @property
+    def up(self) -> int:
+        """Bytes a worker sends."""
+        return sum(row.up for row in self.rows)
+
+    @property
+    def down(self) -> int:
+        """Bytes a worker is sent."""
+        return sum(row.down for row in self.rows)
+
+    def __str__(self):
+        rows = [
+            (
+                r.path,
+                "×".join(map(str, r.shape)) or "()",
+                f"{r.dense:,}",
+                f"{r.up:,}",
+                f"{r.down:,}",
+            )
+            for r in self.rows
+        ]
+        total = ("total", "", f"{self.dense:,}", f"{self.up:,}", f"{self.down:,}")
+        return table(("path", "shape", "dense", "up", "down"), [*rows, total], right=3)
+
+
+def bytes_per_step(tx: Distributed, params: optax.Params) -> Ledger:
+    """The ledger of `tx`, one of our optimizers or `distribute` itself.
+
+    Args:
+      tx: not wrapped: where it is a part of an `optax.chain`, give the part.
+      params: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: for a transformation that is not made by `distribute`.
+    """
+    if not isinstance(tx, Distributed):
+        raise ValueError(
+            f"Only what `distribute` makes can say what it sends, got {type(tx).__name__}. Of a "
+            "chain, pass the communicating part."
+        )
+    up, down = (jax.tree.leaves(side, is_leaf=is_message) for side in tx.messages(params))
+    rows = (
+        Row(
+            path=path_name(path),
+            shape=tuple(leaf.shape),
+            dense=leaf.size * max(4, leaf.dtype.itemsize),
+            up=wire_bits(sent) // 8,
+            down=wire_bits(received) // 8,
+        )
+        for (path, leaf), sent, received in zip(
+            jax.tree.leaves_with_path(params), up, down, strict=True
+        )
+    )
+    return Ledger(tuple(rows))
