@@ -2,8 +2,8 @@
 
 Values are spelled with a capital: compressors, norms, rules. Verbs and transformations are not.
 "Paper M" is Gruntkowska, Gaponov, Tovmasyan, Richtárik, "Error Feedback for Muon and Friends"
-(arXiv:2510.00643); "paper N" is "Error Feedback under (L0, L1)-Smoothness: Normalization and
-Momentum" (arXiv:2410.16871).
+(arXiv:2510.00643); "paper N" is Khirirat, Sadiev, Riabinin et al., "Communication-efficient
+Algorithms Under Generalized Smoothness Assumptions".
 """
 
 from importlib import metadata as _metadata

@@ -117,9 +117,11 @@ class TopK(Compressor):
             return Floats.of(x)
         flat = x.ravel()
         mask = _largest(flat, count)
-        positions = jnp.nonzero(mask, size=count, fill_value=0)[0]
-        as_mask = x.size < bits_as_indices
-        where = Mask.of(mask, count) if as_mask else Indices.of(positions, x.size)
+        positions = _packing.set_positions(mask, x.size, count)
+        if x.size < bits_as_indices:
+            where = Mask(mask, x.size, count)
+        else:
+            where = Indices.of(positions, x.size)
         return Sparse(Floats.of(flat[positions]), where, x.shape)
 
     def contraction(self, shape):
@@ -348,13 +350,12 @@ def _contraction_of_values(sparse, then, shape):
 
 
 def _largest(flat, count):
-    """A mask of the `count` entries largest in magnitude, ties to the lower position.
+    """A packed mask of the `count` entries largest in magnitude, ties to the lower position.
 
     Magnitudes order as their bits do, so the smallest that is kept is found bit by bit, from the
     top, by counting: one pass a bit instead of a sort.
     """
-    wide = flat.astype(at_least_float32(flat.dtype))
-    word = _packing.to_bits(jnp.abs(wide))
+    word = _packing.to_bits(jnp.abs(flat.astype(at_least_float32(flat.dtype))))
     places = word.dtype.itemsize * 8 - 1
 
     def raise_threshold(step, threshold):
@@ -367,7 +368,8 @@ def _largest(flat, count):
     threshold = lax.fori_loop(0, places, raise_threshold, word[0] & jnp.zeros((), word.dtype))
     above, tied = word > threshold, word == threshold
     room = count - jnp.sum(above, dtype=jnp.int32)
-    return above | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= room))
+    first_ties = _packing.ranks(_packing.pack_mask(tied), flat.size) < room
+    return _packing.pack_mask(above | (tied & first_ties))
 
 
 def _orthonormal(basis):

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from . import _axes
 from ._axes import AxisName
 from ._dtypes import widen
-from ._messages import dense, expand, is_message
+from ._grouping import map_grouped
+from ._messages import expand, is_message
 
 
 class DistributedState(NamedTuple):
@@ -160,16 +161,23 @@ def _keys(seed, count):
 def _mean(messages, axis_name):
     """The mean of every worker's messages, as dense arrays."""
 
-    def mean(message):
-        if not is_message(message):
-            return lax.pmean(message, _axes.names(axis_name)) if axis_name else message
-        if not axis_name:
-            return dense(message)
-        stacked = jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), message)
-        total = stacked.total()
+    if not _axes.names(axis_name):
+        return expand(messages)
+
+    def mean(_, gathered):
+        if not is_message(gathered):
+            return gathered
+        total = gathered.total()
         return total / jnp.asarray(_axes.worker_count(axis_name), total.dtype)
 
-    return jax.tree.map(mean, messages, is_leaf=is_message)
+    nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
+    gathered = [
+        jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node)
+        if is_message(node)
+        else lax.pmean(node, _axes.names(axis_name))
+        for node in nodes
+    ]
+    return treedef.unflatten(map_grouped(mean, [None] * len(nodes), gathered))
 
 
 def _all_finite(tree):

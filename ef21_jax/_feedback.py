@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ._compressors import Compressor
+from ._grouping import map_grouped
 from ._messages import expand
 from ._settings import Setting, per_leaf
 
@@ -41,10 +42,8 @@ def compress(compressors: Setting, tree: Any, key: jax.Array) -> Any:
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
-    return treedef.unflatten(
-        compressor.compress(leaf, jax.random.fold_in(key, i))
-        for i, (compressor, leaf) in enumerate(zip(chosen, leaves, strict=True))
-    )
+    keyed = [(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)]
+    return treedef.unflatten(map_grouped(lambda c, item: c.compress(*item), chosen, keyed))
 
 
 class EF21State(NamedTuple):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _packing
+from ._grouping import map_grouped
 
 
 class Message(abc.ABC):
@@ -51,7 +52,8 @@ def is_message(x: Any) -> bool:
 
 def expand(messages: Any) -> Any:
     """The tree of arrays that a tree of messages stands for."""
-    return jax.tree.map(dense, messages, is_leaf=is_message)
+    nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
+    return treedef.unflatten(map_grouped(lambda _, m: dense(m), [None] * len(nodes), nodes))
 
 
 def wire_bits(message: Any) -> int:
@@ -172,16 +174,11 @@ class Mask:
     size: int = _static()
     count: int = _static()
 
-    @staticmethod
-    def of(mask: jax.Array, count: int) -> "Mask":
-        """`mask`: bool, with exactly `count` entries true."""
-        return Mask(_packing.pack_mask(mask), mask.size, count)
-
     def place(self, values: jax.Array) -> jax.Array:
         """Zeros of shape (size,) with `values`, in order, where the mask is set."""
         mask = _packing.unpack_mask(self.packed, self.size)
-        rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
-        return jnp.where(mask, values[rank], jnp.zeros((), values.dtype))
+        placed = values.at[_packing.ranks(self.packed, self.size)].get(mode="clip")
+        return jnp.where(mask, placed, jnp.zeros_like(placed))
 
 
 @jax.tree_util.register_dataclass
@@ -207,9 +204,8 @@ class Strata:
 
     def positions(self) -> jax.Array:
         """Shape (k,), int32, distinct."""
-        shift_key, inside_key = jax.random.split(
-            jax.random.wrap_key_data(self.seed, impl=self.impl)
-        )
+        key = jax.random.wrap_key_data(self.seed, impl=self.impl)
+        shift_key, inside_key = jax.random.split(key)
         quotient, remainder = divmod(self.size, self.count)
         stratum = jnp.arange(self.count, dtype=jnp.int32)
         start = stratum * quotient + jnp.minimum(stratum, remainder)

@@ -13,6 +13,7 @@ from ._axes import AxisName
 from ._compressors import Identity
 from ._distributed import Distributed, distribute
 from ._feedback import ef14, ef21, ef21_p, no_feedback, worker_momentum
+from ._grouping import map_grouped
 from ._norms import Norm
 from ._polar import unit_scale
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
@@ -38,7 +39,7 @@ def lmo_step(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         chosen = per_leaf(norms, updates, Norm)
-        return treedef.unflatten(norm.lmo(leaf) for norm, leaf in zip(chosen, leaves, strict=True))
+        return treedef.unflatten(map_grouped(lambda norm, g: norm.lmo(g), chosen, leaves))
 
     return _step(optax.stateless(lmo), learning_rate, weight_decay)
 

@@ -62,6 +62,29 @@ def unpack_mask(packed: jax.Array, size: int) -> jax.Array:
     return jnp.unpackbits(packed, count=size, bitorder="little").astype(jnp.bool)
 
 
+def ranks(packed: jax.Array, size: int) -> jax.Array:
+    """How many bits of a packed mask are set before each entry: shape (size,), int32.
+
+    A cumulative sum over words of 32 bits and a population count within them, which costs a third
+    of one over the entries.
+    """
+    padded = jnp.pad(packed, (0, -packed.size % 4))
+    words = lax.bitcast_convert_type(padded.reshape(-1, 4), jnp.uint32)
+    counts = lax.population_count(words).astype(jnp.int32)
+    before = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    lower = (jnp.uint32(1) << _places(32)) - jnp.uint32(1)
+    within = lax.population_count(words[:, None] & lower).astype(jnp.int32)
+    return (before[:, None] + within).ravel()[:size]
+
+
+def set_positions(packed: jax.Array, size: int, count: int) -> jax.Array:
+    """The positions of the `count` bits that are set in a packed mask: shape (count,), int32."""
+    slot = jnp.where(unpack_mask(packed, size), ranks(packed, size), count)
+    entries = jnp.arange(size, dtype=jnp.int32)
+    slots = jnp.zeros((count,), jnp.int32)
+    return slots.at[slot].set(entries, mode="drop", unique_indices=True)
+
+
 def _places(width):
     return jnp.arange(width, dtype=jnp.uint32)[None, :]
 

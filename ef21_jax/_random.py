@@ -19,9 +19,7 @@ def noise_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     size = math.prod(shape)
     if size >= 1 << 32:
-        raise ValueError(
-            f"noise for {size} entries would repeat: split the array of shape {shape}."
-        )
+        raise ValueError(f"Noise for {size} entries would repeat: split the leaf of {shape}.")
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     counter = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
     return _mix(_mix(counter ^ first) + second)

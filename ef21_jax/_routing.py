@@ -15,9 +15,11 @@ import jax
 import optax
 
 from ._compressors import Compressor, Identity
+from ._dtypes import widen
 from ._messages import wire_bits
 from ._norms import RMS, Norm, Scaled, Sign, Spectral
 from ._settings import Setting, path_name, per_leaf
+from ._tables import shape_name, table
 
 
 # A policy gives the factor of a layer's radius that depends on its shape (fan_in, fan_out).
@@ -158,7 +160,7 @@ def norms_by(rules: tuple[Rule, ...]) -> Callable[[Any], Any]:
 
 
 def compressors_by(rules: tuple[Rule, ...], compressor: Setting) -> Setting:
-    """A setting: `compressor` where the rules allow it, Identity elsewhere. A tree stays as it is."""
+    """A setting: `compressor` where the rules allow it, else Identity. A tree stays as it is."""
     if not isinstance(compressor, Compressor):
         return compressor
 
@@ -189,7 +191,7 @@ class Routes(tuple[Route, ...]):
     def __str__(self):
         head = ("path", "shape", "role", "norm", "uplink", "downlink", "bytes up", "bytes down")
         body = [
-            (r.path, "×".join(map(str, r.shape)) or "()", r.role, _short(r.norm), repr(r.uplink),
+            (r.path, shape_name(r.shape), r.role, _short(r.norm), repr(r.uplink),
              repr(r.downlink), f"{r.bytes_up:,}", f"{r.bytes_down:,}")
             for r in self
         ]  # fmt: skip
@@ -236,8 +238,6 @@ def routes(
 
 
 def _bytes(compressor, leaf):
-    from ._dtypes import widen
-
     x = widen(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     message = jax.eval_shape(compressor.compress, x, jax.eval_shape(lambda: jax.random.key(0)))
     return wire_bits(message) // 8
@@ -247,16 +247,3 @@ def _short(norm):
     if isinstance(norm, Scaled):
         return f"{norm.scale:.4g} × {norm.base!r}"
     return repr(norm)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: int) -> str:
-    """Text columns; the last `right` of them are set flush right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells):
-        return "  ".join(
-            cell.rjust(width) if i >= len(head) - right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(head), line(tuple("─" * width for width in widths)), *map(line, rows)])

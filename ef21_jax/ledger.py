@@ -1,4 +1,4 @@
-"""What travels in a step: exact bytes, by leaf and direction, from the message arrays themselves."""
+"""What travels in a step: exact bytes, by leaf and direction, from the message arrays."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import optax
 
 from ._distributed import Distributed
 from ._messages import is_message, wire_bits
-from ._routing import table
 from ._settings import path_name
+from ._tables import shape_name, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,7 @@ class Ledger:
 
     def __str__(self):
         rows = [
-            (
-                r.path,
-                "×".join(map(str, r.shape)) or "()",
-                f"{r.dense:,}",
-                f"{r.up:,}",
-                f"{r.down:,}",
-            )
+            (r.path, shape_name(r.shape), f"{r.dense:,}", f"{r.up:,}", f"{r.down:,}")
             for r in self.rows
         ]
         total = ("total", "", f"{self.dense:,}", f"{self.up:,}", f"{self.down:,}")

@@ -1,0 +1,19 @@
+"""Tables in plain text."""
+
+
+def shape_name(shape: tuple[int, ...]) -> str:
+    """`768×3072`."""
+    return "×".join(map(str, shape)) or "()"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: int) -> str:
+    """Columns under a head; the last `right` of them are set flush right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells):
+        return "  ".join(
+            cell.rjust(width) if i >= len(head) - right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(head), line(tuple("─" * width for width in widths)), *map(line, rows)])
