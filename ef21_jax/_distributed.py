@@ -108,10 +108,12 @@ def distribute(
         )
 
     def send(updates, state, params, key, **extra_args):
+        updates = widen(updates)
         messages, proposed = worker.update(
-            widen(updates), state.worker, widen(params), key=key, **extra_args
+            updates, state.worker, widen(params), key=key, **extra_args
         )
-        finite = _all_finite((expand(messages), proposed))
+        # The gradient too: a compressor may make something finite of a NaN.
+        finite = _all_finite((updates, expand(messages), proposed), _axes.worker_count(axis_name))
         # All-zero leaves stand for zero, whatever the kind of message.
         messages = _select(finite, messages, optax.tree.zeros_like(messages))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
@@ -144,7 +146,7 @@ def distribute(
             state = init(params)
             up, _, down = _keys(seed, state.count)
             # A gradient looks like the parameters, and so does a step.
-            sent = send(params, state, params, up)[0]
+            sent = worker.update(widen(params), state.worker, widen(params), key=up)[0]
             return sent, broadcast(widen(params), state, params, down)[0]
 
         return jax.eval_shape(one_round, params)
@@ -180,9 +182,10 @@ def _mean(messages, axis_name):
     return treedef.unflatten(map_grouped(mean, [None] * len(nodes), gathered))
 
 
-def _all_finite(tree):
+def _all_finite(tree, num_workers):
+    """Whether every float is finite, and small enough that the sum over the workers will be."""
     finite = [
-        jnp.all(jnp.isfinite(leaf))
+        jnp.all(jnp.abs(leaf) <= jnp.finfo(leaf.dtype).max / (2 * num_workers))
         for leaf in jax.tree.leaves(tree)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]

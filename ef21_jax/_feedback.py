@@ -42,7 +42,9 @@ def compress(compressors: Setting, tree: Any, key: jax.Array) -> Any:
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
-    keyed = [(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)]
+    # All keys in one call: drawing them one by one would be most of a large program.
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
+    keyed = [(leaf, keys[i]) for i, leaf in enumerate(leaves)]
     return treedef.unflatten(map_grouped(lambda c, item: c.compress(*item), chosen, keyed))
 
 

@@ -1,0 +1,255 @@
+"""One update, many harnesses: lanes, devices, both, pmap, and a shard_map of the user's own."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import ef21_jax as ef21
+
+
+NUM_WORKERS = 4
+KEYS = jax.random.split(jax.random.key(7), 3)
+BATCH = (
+    jax.random.normal(KEYS[0], (2 * NUM_WORKERS, 12, 6)),
+    jax.random.normal(KEYS[1], (2 * NUM_WORKERS, 12, 5)),
+)
+PARAMS = {"w": jax.random.normal(KEYS[2], (6, 5)), "b": jnp.zeros((5,))}
+UPLINKS = [
+    ef21.Identity(),
+    ef21.TopK(0.1),
+    ef21.TopK(0.3) >> ef21.Natural(),
+    ef21.RandK(0.3),
+    ef21.RankK(0.4) >> ef21.Natural(),
+]
+COMPRESSED = UPLINKS[2:]
+
+
+def loss(params, batch):
+    a, y = batch
+    return jnp.mean((a @ params["w"] + params["b"][None] - y) ** 2)
+
+
+def optimizer(uplink, axis_name):
+    return ef21.ef21_muon(
+        1e-3, momentum=0.8, uplink=uplink, downlink=ef21.Natural(), axis_name=axis_name
+    )
+
+
+def one_worker(tx):
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def mesh_of(devices, name="workers"):
+    return jax.make_mesh((devices,), (name,), axis_types=(AxisType.Auto,))
+
+
+def run(step, params, state, batch, steps=5):
+    for _ in range(steps):
+        params, state, value = step(params, state, batch)
+    return params, state, value
+
+
+def batch_of(workers):
+    return jax.tree.map(lambda x: x[:workers], BATCH)
+
+
+@functools.cache
+def on_lanes(uplink, workers=NUM_WORKERS):
+    tx = optimizer(uplink, "workers")
+    step = jax.jit(ef21.spmd(one_worker(tx)))
+    return run(step, PARAMS, ef21.replicate(tx.init(PARAMS), workers), batch_of(workers))
+
+
+def agree(actual, expected, tolerance=1e-6):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, tolerance, tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("uplink", UPLINKS, ids=repr)
+def test_devices_agree_with_lanes(uplink):
+    tx, mesh = optimizer(uplink, "workers"), mesh_of(NUM_WORKERS)
+    step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
+    agree(run(step, PARAMS, state, batch_of(NUM_WORKERS)), on_lanes(uplink))
+
+
+@pytest.mark.parametrize("uplink", COMPRESSED, ids=repr)
+def test_several_lanes_on_each_device_agree_with_lanes(uplink):
+    names = ("workers", "lanes")
+    tx, mesh = optimizer(uplink, names), mesh_of(4)
+    step = jax.jit(ef21.spmd(one_worker(tx), axis_name=names, mesh=mesh))
+    state = ef21.replicate(tx.init(PARAMS), 8, mesh=mesh, axis_name=names)
+    agree(run(step, PARAMS, state, batch_of(8)), on_lanes(uplink, 8))
+
+
+@pytest.mark.parametrize("uplink", COMPRESSED, ids=repr)
+def test_pmap_agrees_with_lanes(uplink):
+    tx = optimizer(uplink, "workers")
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS)
+    axes = (None, ef21.state_axes(state), 0)
+    step = jax.pmap(one_worker(tx), axis_name="workers", in_axes=axes, out_axes=axes)
+    agree(run(step, PARAMS, state, batch_of(NUM_WORKERS)), on_lanes(uplink))
+
+
+@pytest.mark.parametrize("uplink", COMPRESSED, ids=repr)
+def test_a_shard_map_of_the_users_own_that_checks_types_agrees_with_lanes(uplink):
+    tx, mesh = optimizer(uplink, "workers"), mesh_of(NUM_WORKERS)
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
+
+    def body(params, state, batch):
+        mine = jax.tree.map(lambda x: x[0], (state.worker, state.rejected))
+        state = state._replace(worker=mine[0], rejected=mine[1])
+        batch = jax.tree.map(lambda x: x[0], batch)
+        value, grads = jax.value_and_grad(loss)(ef21.varying(params, "workers"), batch)
+        updates, state = tx.update(grads, state, params)
+        state = state._replace(
+            worker=jax.tree.map(lambda x: x[None], state.worker), rejected=state.rejected[None]
+        )
+        return optax.apply_updates(params, updates), state, value[None]
+
+    specs = (P(), ef21.state_axes(state, P("workers"), P()), P("workers"))
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs))
+    agree(run(step, PARAMS, state, batch_of(NUM_WORKERS)), on_lanes(uplink))
+
+
+def test_gradients_that_were_summed_already_are_an_error_that_says_what_to_do():
+    tx, mesh = optimizer(ef21.Identity(), "workers"), mesh_of(NUM_WORKERS)
+
+    def body(params, batch):
+        grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[0], batch))
+        return tx.update(grads, tx.init(params), params)[0]
+
+    step = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("workers")), out_specs=P())
+    with pytest.raises(ValueError, match=r"already summed over it: b, w.*ef21_jax.varying"):
+        jax.eval_shape(step, PARAMS, batch_of(NUM_WORKERS))
+
+
+def test_a_single_worker_needs_no_axis():
+    tx, lanes = optimizer(COMPRESSED[0], None), optimizer(COMPRESSED[0], "workers")
+    batch = jax.tree.map(lambda x: x[0], BATCH)
+    alone = run(jax.jit(one_worker(tx)), PARAMS, tx.init(PARAMS), batch)
+    step = jax.jit(ef21.spmd(one_worker(lanes)))
+    mapped = run(step, PARAMS, ef21.replicate(lanes.init(PARAMS), 1), batch_of(1))
+    agree(alone[0], mapped[0])
+
+
+COLLECTIVES = r"(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
+
+
+def collectives(compiled):
+    """(operation, [(dtype, size), ...]) of every collective in a compiled program."""
+    found = []
+    for result, kind in re.findall(rf"= (\S.*?) ({COLLECTIVES})(?:-start)?\(", compiled.as_text()):
+        arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", result)
+        found.append(
+            (kind, [(d, int(np.prod([int(x) for x in s.split(",") if x]))) for d, s in arrays])
+        )
+    return found
+
+
+SIZES = {"pred": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f32": 4}
+
+
+@pytest.mark.parametrize("uplink", [*UPLINKS, ef21.RankK(0.4), ef21.Natural()], ids=repr)
+def test_the_compiled_program_sends_the_bytes_of_the_ledger_and_nothing_else(uplink, optimized):
+    tx, mesh = optimizer(uplink, "workers"), mesh_of(NUM_WORKERS)
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
+    step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
+    batch = jax.device_put(batch_of(NUM_WORKERS), NamedSharding(mesh, P("workers")))
+    found = collectives(step.lower(PARAMS, state, batch).compile())
+
+    assert {kind for kind, _ in found} == {"all-gather"}
+    assert all(dtype.startswith("u") for _, arrays in found for dtype, _ in arrays)
+    gathered = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
+    assert gathered == NUM_WORKERS * ef21.ledger.bytes_per_step(tx, PARAMS).up
+
+
+def test_without_compression_an_all_reduce_carries_the_gradient(optimized):
+    tx, mesh = ef21.gluon(1e-3, axis_name="workers"), mesh_of(NUM_WORKERS)
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
+    step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
+    found = collectives(step.lower(PARAMS, state, batch_of(NUM_WORKERS)).compile())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    reduced = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
+    assert reduced == ef21.ledger.bytes_per_step(tx, PARAMS).up == 4 * (30 + 5)
+
+
+def test_a_second_step_does_not_compile_again_and_donation_is_taken():
+    tx, mesh = optimizer(COMPRESSED[0], "workers"), mesh_of(NUM_WORKERS)
+    step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh), donate_argnums=(0, 1))
+    state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
+    batch = jax.device_put(batch_of(NUM_WORKERS), NamedSharding(mesh, P("workers")))
+    params = jax.device_put(jax.tree.map(jnp.copy, PARAMS), NamedSharding(mesh, P()))
+    first_params, first_state, _ = step(params, state, batch)
+    step(first_params, first_state, batch)
+    assert step._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+
+
+def test_workers_draw_different_noise_and_steps_too():
+    class Spy(ef21.Compressor):
+        def compress(self, x, key):
+            return ef21.Identity().compress(jax.random.uniform(key, x.shape), key)
+
+        def contraction(self, shape):
+            return None
+
+    tx = ef21.compressed_sgd(1.0, uplink=Spy(), axis_name="workers")
+    zeros = {"x": jnp.zeros(3), "y": jnp.zeros(3)}
+
+    def step(state, batch):
+        del batch
+        drawn, state = tx.update(zeros, state)
+        return state, drawn
+
+    step = jax.jit(ef21.spmd(step))
+    both, first = step(ef21.replicate(tx.init(zeros), 2), jnp.zeros(2))
+    _, second = step(both, jnp.zeros(2))
+    _, alone = step(ef21.replicate(tx.init(zeros), 1), jnp.zeros(1))
+    # Shared by two workers, the first one's key would give the mean that it gives alone.
+    assert not np.allclose(first["x"][0], alone["x"][0])
+    assert not np.allclose(first["x"], first["y"])
+    assert not np.allclose(first["x"], second["x"])
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "mesh_axes", "message"),
+    [
+        (("a", "b"), None, "must be one name"),
+        ("workers", "devices", "must name axes of the mesh"),
+        (("lanes", "workers"), "workers", "must name axes of the mesh"),
+    ],
+)
+def test_axis_names_that_fit_no_mesh_are_refused(axis_name, mesh_axes, message):
+    mesh = mesh_of(4, mesh_axes) if mesh_axes else None
+    with pytest.raises(ValueError, match=message):
+        ef21.spmd(lambda *args: args, axis_name=axis_name, mesh=mesh)
+
+
+def test_a_number_of_workers_that_does_not_fit_is_refused_with_the_remedy():
+    tx, mesh = optimizer(ef21.Identity(), "workers"), mesh_of(4)
+    step = ef21.spmd(one_worker(tx), mesh=mesh)
+    state = ef21.replicate(tx.init(PARAMS), 8)
+    with pytest.raises(ValueError, match="8 workers do not fit 4 devices.*lanes"):
+        jax.eval_shape(step, PARAMS, state, BATCH)
+    with pytest.raises(ValueError, match="same leading axis of workers"):
+        jax.eval_shape(step, PARAMS, state, (BATCH[0], BATCH[1][:3]))
+
+
+def test_an_axis_that_is_not_bound_is_an_error_that_says_what_to_do():
+    tx = optimizer(ef21.Identity(), "workers")
+    with pytest.raises(ValueError, match="axis 'workers' is not bound.*spmd"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
