@@ -256,7 +256,8 @@ class Natural(Compressor):
 
     At random and without bias (Horváth et al. 2022): α = 7/8. Or to the `nearest`: α = 8/9.
     Exponents count down from the largest in the leaf; 127 binades are kept, and what is smaller
-    than 2**-126 of the largest entry, or subnormal, becomes zero.
+    than 2**-126 of the largest entry, or subnormal, becomes zero. Where the dense array would weigh
+    no more (two entries of 16 bits, or none at all), that is sent.
     """
 
     nearest: bool = False
@@ -268,7 +269,8 @@ class Natural(Compressor):
 
     def compress(self, x, key):
         noise = None if self.nearest else noise_bits(key, x.shape)
-        return PowersOfTwo.of(x, noise)
+        message = PowersOfTwo.of(x, noise)
+        return message if wire_bits(message) < wire_bits(Floats.of(x)) else Floats.of(x)
 
     def contraction(self, shape):
         del shape
@@ -311,7 +313,8 @@ class Chain(Compressor):
         return self.first.contraction_before(self.then, shape)
 
     def __repr__(self):
-        return f"{self.first!r} >> {self.then!r}"
+        then = f"({self.then!r})" if isinstance(self.then, Chain) else repr(self.then)
+        return f"{self.first!r} >> {then}"
 
 
 def _is_floats(node):
@@ -344,9 +347,13 @@ def _count(compressor, x):
 
 def _contraction_of_values(sparse, then, shape):
     # What `then` loses lies on the kept entries, so the two errors are orthogonal:
-    # ‖x‖² − ‖x_S‖² + (1 − α')‖x_S‖² = ‖x‖² − α'‖x_S‖².
-    alpha = then.contraction((_kept(sparse.fraction, math.prod(shape)),))
-    return None if alpha is None else alpha * sparse.contraction(shape)
+    # ‖x‖² − ‖x_S‖² + (1 − α')‖x_S‖² = ‖x‖² − α'‖x_S‖². Where the dense array is sent instead, which
+    # its dtype decides, `then` acts on all of it.
+    of_values = then.contraction((_kept(sparse.fraction, math.prod(shape)),))
+    of_dense = then.contraction(shape)
+    if of_values is None or of_dense is None:
+        return None
+    return min(of_values * sparse.contraction(shape), of_dense)
 
 
 def _largest(flat, count):

@@ -23,11 +23,11 @@ class Norm(abc.ABC):
 
     @abc.abstractmethod
     def norm(self, x: jax.Array) -> jax.Array:
-        """‖x‖. Shape: the leading axes of `x`."""
+        """‖x‖. Shape: the leading axes of `x`. At least float32."""
 
     @abc.abstractmethod
     def dual(self, g: jax.Array) -> jax.Array:
-        """‖g‖_* = max ⟨g, z⟩ over ‖z‖ <= 1. Shape: the leading axes of `g`."""
+        """‖g‖_* = max ⟨g, z⟩ over ‖z‖ <= 1. Shape and dtype as of `norm`."""
 
     @abc.abstractmethod
     def lmo(self, g: jax.Array) -> jax.Array:
@@ -37,9 +37,10 @@ class Norm(abc.ABC):
         """
 
     def sharp(self, g: jax.Array) -> jax.Array:
-        """g^♯ = argmax ⟨g, z⟩ − ‖z‖²/2 = −‖g‖_* lmo(g) (paper M, Section C)."""
+        """g^♯ = argmax ⟨g, z⟩ − ‖z‖²/2 = −‖g‖_* lmo(g) (paper M, Section C). Dtype of `g`."""
         dual = self.dual(g)
-        return -dual.reshape(dual.shape + (1,) * (g.ndim - dual.ndim)) * self.lmo(g)
+        length = dual.reshape(dual.shape + (1,) * (g.ndim - dual.ndim))
+        return (-length * self.lmo(g).astype(dual.dtype)).astype(g.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Frobenius(Norm):
     """(Σ x²)^½, its own dual. The step is the normalized gradient."""
 
     def norm(self, x):
-        axes = _layer(x)
+        x, axes = _wide(x), _layer(x)
         largest = jnp.max(jnp.abs(x), axis=axes, initial=0.0)
         over = jnp.where(largest > 0, largest, jnp.ones_like(largest))
         over = over.reshape(over.shape + (1,) * len(axes))
@@ -79,10 +80,10 @@ class Sign(Norm):
     """max |x|, with dual Σ |g|. The step is the negative sign; the operator norm ℓ1 → ℓ∞."""
 
     def norm(self, x):
-        return jnp.max(jnp.abs(x), axis=_layer(x), initial=0.0)
+        return jnp.max(jnp.abs(_wide(x)), axis=_layer(x), initial=0.0)
 
     def dual(self, g):
-        return jnp.sum(jnp.abs(g), axis=_layer(g))
+        return jnp.sum(jnp.abs(_wide(g)), axis=_layer(g))
 
     def lmo(self, g):
         return -jnp.sign(g)
@@ -157,8 +158,12 @@ def _root_size(x):
     return math.sqrt(max(1, math.prod(x.shape[axis] for axis in _layer(x))))
 
 
+def _wide(x):
+    return x.astype(at_least_float32(x.dtype))
+
+
 def _in_float32(f, x):
-    return f(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+    return f(_wide(x)).astype(x.dtype)
 
 
 def _check_matrix(x):
@@ -170,7 +175,7 @@ def _check_matrix(x):
 
 def _singular_values(x):
     _check_matrix(x)
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = _wide(x)
     largest = jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True, initial=0.0)
     over = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     return jnp.linalg.svd(wide / over, compute_uv=False) * largest[..., 0]

@@ -15,7 +15,7 @@ from ._dtypes import at_least_float32
 Coefficients = tuple[tuple[float, float, float], ...]
 
 # Jordan (2024), https://kellerjordan.github.io/posts/muon: one quintic, repeated. Fast, rough:
-# σ ends in [0.68, 1.13].
+# every σ >= 3e-3 of the Frobenius norm ends in [0.68, 1.21].
 JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
 _POLAR_EXPRESS_RAW = (
@@ -37,7 +37,7 @@ def polar_express(steps: int) -> Coefficients:
     Each step is the best one for the interval that the steps before it leave; all but the last
     are damped by 1 % so that rounding cannot push a singular value out of the basin, and the last
     so much that none ends above 1. With six steps every σ >= 1e-3 of the Frobenius norm ends
-    within 0.5 % of 1.
+    within 0.6 % of 1.
 
     Raises:
       ValueError: unless 1 <= steps <= 8. Past eight the last one would only repeat.

@@ -1,10 +1,17 @@
 """What travels in a step: exact bytes, by leaf and direction, from the message arrays."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
+from ._conventions import (
+    PaperConvention as PaperConvention,
+    information_bits as information_bits,
+    log2_binomial as log2_binomial,
+)
 from ._distributed import Distributed
 from ._messages import is_message, wire_bits
 from ._settings import path_name
@@ -57,12 +64,16 @@ class Ledger:
         return table(("path", "shape", "dense", "up", "down"), [*rows, total], right=3)
 
 
-def bytes_per_step(tx: Distributed, params: optax.Params) -> Ledger:
+def bytes_per_step(
+    tx: Distributed, params: optax.Params, *, convention: Callable[[Any], int] = wire_bits
+) -> Ledger:
     """The ledger of `tx`, one of our optimizers or `distribute` itself.
 
     Args:
       tx: not wrapped: where it is a part of an `optax.chain`, give the part.
       params: arrays or `jax.ShapeDtypeStruct`s.
+      convention: from a message to bits: `ef21_jax.wire_bits`, `PaperConvention()` or
+        `information_bits`. Bytes are rounded up, leaf by leaf.
 
     Raises:
       ValueError: for a transformation that is not made by `distribute`.
@@ -78,8 +89,8 @@ def bytes_per_step(tx: Distributed, params: optax.Params) -> Ledger:
             path=path_name(path),
             shape=tuple(leaf.shape),
             dense=leaf.size * max(4, leaf.dtype.itemsize),
-            up=wire_bits(sent) // 8,
-            down=wire_bits(received) // 8,
+            up=-(-convention(sent) // 8),
+            down=-(-convention(received) // 8),
         )
         for (path, leaf), sent, received in zip(
             jax.tree.leaves_with_path(params), up, down, strict=True

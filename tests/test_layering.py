@@ -24,6 +24,7 @@ ORDER = [
     "_random",
     "_packing",
     "_messages",
+    "_conventions",
     "_polar",
     "_compressors",
     "_norms",

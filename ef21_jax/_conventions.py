@@ -1,0 +1,79 @@
+"""What a message costs, by three ways to count.
+
+*Wire* is what its arrays weigh, and what travels. *Paper* is what paper M counts (Table 2 and
+Section G.2): 32 bits a float, 16 a power of two, 26 an index whatever the layer. *Information* is
+about the least that any code needs: a set of k positions out of d is one of C(d, k).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from ._messages import LowRank, PowersOfTwo, Sparse, Strata, is_message, wire_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperConvention:
+    """Bits as paper M counts them.
+
+    Attributes:
+      index_bits: of one position. The paper takes ⌈log₂⌉ of its largest layer, 50,304 × 768, for
+        every layer.
+      natural_bits: of one power of two. Sign and exponent of a float32 are nine; the paper's table
+        has half a float.
+    """
+
+    index_bits: int = 26
+    natural_bits: int = 16
+
+    def __call__(self, messages: Any) -> int:
+        """The bits of a message, an array, or a tree of them."""
+        return sum(self._bits(node) for node in _nodes(messages))
+
+    def _bits(self, node):
+        match node:
+            case Sparse(values, where):
+                positions = 0 if isinstance(where, Strata) else where.count * self.index_bits
+                return self._bits(values) + positions
+            case LowRank(left, right):
+                return self._bits(left) + self._bits(right)
+            case PowersOfTwo(codes):
+                return codes.size * self.natural_bits
+            case _:
+                return wire_bits(node)
+
+
+def information_bits(messages: Any) -> int:
+    """Bits, rounded up a leaf, that the best code for such messages would need.
+
+    Floats are taken as incompressible, and so are the eight bits of a power of two; what is saved
+    is the positions' order.
+    """
+    return sum(_information(node) for node in _nodes(messages))
+
+
+def _information(node):
+    match node:
+        case Sparse(values, where):
+            positions = wire_bits(where)
+            if not isinstance(where, Strata):
+                positions = math.ceil(log2_binomial(where.size, where.count))
+            return _information(values) + positions
+        case LowRank(left, right):
+            return _information(left) + _information(right)
+        case _:
+            return wire_bits(node)
+
+
+@functools.cache
+def log2_binomial(n: int, k: int) -> float:
+    """log₂ C(n, k)."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
+def _nodes(messages):
+    return jax.tree.leaves(messages, is_leaf=is_message)
+

@@ -1,0 +1,44 @@
+"""Three ways to count: the paper's, which reproduces its Table 2, the wire's, and the least."""
+
+import functools
+import math
+
+import pytest
+
+import ef21_jax as ef21
+from experiments import table2
+
+
+@functools.cache
+def costs(name):
+    compressor = next(row[1] for row in table2.ROWS if row[0] == name)
+    return table2.relative_costs(compressor, table2.parameters())
+
+
+@pytest.mark.parametrize(("name", "printed"), [(row[0], row[2]) for row in table2.ROWS])
+def test_the_papers_convention_reproduces_its_table_2(name, printed):
+    assert costs(name)["paper"] == pytest.approx(printed, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("rank15_natural", 0.0506),
+        ("top15_natural", 0.070),
+        ("top10_natural", 0.057),
+        ("natural", 0.2502),
+    ],
+)
+def test_the_wire_takes_less_than_the_paper_counts(name, most):
+    assert costs(name)["wire"] <= most < costs(name)["paper"]
+
+
+@pytest.mark.parametrize("name", [row[0] for row in table2.ROWS])
+def test_no_code_takes_less_than_its_information(name):
+    assert costs(name)["information"] <= costs(name)["wire"]
+
+
+def test_a_set_of_positions_holds_the_logarithm_of_the_number_of_such_sets():
+    log2_binomial = ef21.ledger.log2_binomial
+    assert log2_binomial(10, 3) == pytest.approx(math.log2(120))
+    assert log2_binomial(7, 0) == log2_binomial(7, 7) == pytest.approx(0)
