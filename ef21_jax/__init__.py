@@ -13,11 +13,10 @@ from ._axes import varying as varying
 from ._compressors import (
     Chain as Chain,
     Compressor as Compressor,
+    Damping as Damping,
+    Dropout as Dropout,
     Identity as Identity,
     Natural as Natural,
-    RandK as RandK,
-    RankK as RankK,
-    TopK as TopK,
 )
 from ._distributed import (
     Distributed as Distributed,
@@ -42,6 +41,21 @@ from ._feedback import (
     worker_momentum as worker_momentum,
 )
 from ._invariant import check_invariant as check_invariant, warm_start as warm_start
+from ._low_rank import (
+    NuclearSharp as NuclearSharp,
+    RandomSubspace as RandomSubspace,
+    RankK as RankK,
+)
+from ._matrix_norms import (
+    ColumnNorm as ColumnNorm,
+    MaxColumnSum as MaxColumnSum,
+    MaxRowSum as MaxRowSum,
+    Mixed as Mixed,
+    Nuclear as Nuclear,
+    RowNorm as RowNorm,
+    SchattenP as SchattenP,
+    Spectral as Spectral,
+)
 from ._messages import (
     Message as Message,
     dense as dense,
@@ -50,12 +64,13 @@ from ._messages import (
     wire_bits as wire_bits,
 )
 from ._norms import (
+    L1 as L1,
     RMS as RMS,
     Frobenius as Frobenius,
     Norm as Norm,
     Scaled as Scaled,
+    Shaped as Shaped,
     Sign as Sign,
-    Spectral as Spectral,
 )
 from ._optimizers import (
     compressed_sgd as compressed_sgd,
@@ -76,6 +91,13 @@ from ._polar import (
     orthogonalize as orthogonalize,
     polar_express as polar_express,
 )
+from ._quantizers import (
+    BlockNatural as BlockNatural,
+    BlockTopK as BlockTopK,
+    Quantize as Quantize,
+    ScaledSign as ScaledSign,
+    TwoLevel as TwoLevel,
+)
 from ._routing import (
     MUON_RULES as MUON_RULES,
     SCION_RULES as SCION_RULES,
@@ -83,12 +105,15 @@ from ._routing import (
     Routes as Routes,
     Rule as Rule,
     constant as constant,
+    moonlight_scale as moonlight_scale,
     muon_scale as muon_scale,
     one_over_fan_in as one_over_fan_in,
     one_over_fan_out as one_over_fan_out,
     routes as routes,
     scion_scale as scion_scale,
 )
+from ._sharp import L1Sharp as L1Sharp, MaxRowSumSharp as MaxRowSumSharp
+from ._sparse import ColumnTopK as ColumnTopK, RandK as RandK, TopK as TopK
 
 
 __version__ = _metadata.version("ef21_jax")

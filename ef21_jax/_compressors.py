@@ -4,8 +4,10 @@ Each is a frozen dataclass with one verb, `compress(x, key)`. None of them holds
 communicates. They are not callable, since `optax.inject_hyperparams` takes any callable for a
 schedule.
 
-α below is the contraction factor of Euclidean norm: E‖C(x) − x‖² <= (1 − α)‖x‖² (paper M,
-Definition 1, the family B_2(α)).
+α is the contraction factor: E‖C(x) − x‖² <= (1 − α)‖x‖² (paper M, Definition 1). The docstrings
+give that of the Euclidean norm, the family B_2(α). `contraction(shape, norm)` gives the one in the
+norm of a layer, B(α); for B_*(α) pass the norm that is dual to it: `Nuclear()` for `Spectral()`,
+`L1()` for `Sign()`, `Mixed(p*, q*)` for `Mixed(p, q)`.
 """
 
 import abc
@@ -14,34 +16,32 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from . import _packing
-from ._dtypes import at_least_float32
-from ._messages import (
-    Floats,
-    Indices,
-    LowRank,
-    Mask,
-    Message,
-    PowersOfTwo,
-    Sparse,
-    Strata,
-    wire_bits,
+from ._geometry import (
+    Geometry,
+    entry_exponent,
+    from_euclidean,
+    is_stack,
+    mixed_exponents,
+    squared,
 )
-from ._polar import orthogonalize, polar_express
+from ._messages import Floats, Message, PowersOfTwo, Sometimes, wire_bits
 from ._random import noise_bits
+from ._tables import brief
 
 
 class Compressor(abc.ABC):
     """From an array to a message that stands for something near it.
 
     Attributes:
-      unbiased: E C(x) = x, with independent errors of the entries.
+      unbiased: E C(x) = x.
+      entrywise: it treats each entry by itself, with errors independent of each other, and its α
+        holds for each of them.
       leaves_floats: the message holds floats that a compressor after this one (`>>`) can take on.
     """
 
     unbiased: bool = False
+    entrywise: bool = False
     leaves_floats: bool = True
 
     @abc.abstractmethod
@@ -54,12 +54,20 @@ class Compressor(abc.ABC):
         """
 
     @abc.abstractmethod
-    def contraction(self, shape: tuple[int, ...]) -> float | None:
-        """The α this compressor is sure of for arrays of `shape`. None where none is proved."""
+    def contraction(self, shape: tuple[int, ...], norm: Geometry | None = None) -> float | None:
+        """The α this compressor is sure of for arrays of `shape`. None where none is proved.
 
-    def contraction_before(self, then: "Compressor", shape: tuple[int, ...]) -> float | None:
+        Args:
+          shape: of a leaf.
+          norm: the one α is meant in, for each matrix of the leaf. None is the Euclidean norm of
+            the whole leaf.
+        """
+
+    def contraction_before(
+        self, then: "Compressor", shape: tuple[int, ...], norm: Geometry | None = None
+    ) -> float | None:
         """The α of `self >> then`."""
-        del then, shape
+        del then, shape, norm
         return None
 
     def __rshift__(self, then: "Compressor") -> "Compressor":
@@ -67,200 +75,117 @@ class Compressor(abc.ABC):
         return Chain(self, then)
 
     def __repr__(self):
-        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
-        shown = [
-            repr(value) if f.default is dataclasses.MISSING else f"{f.name}={value!r}"
-            for f, value in fields
-            if value != f.default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return brief(self)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Identity(Compressor):
-    """Sends `x` itself. α = 1."""
+    """Sends `x` itself. α = 1, in every norm."""
+
+    unbiased = True
+    entrywise = True
 
     def compress(self, x, key):
         del key
         return Floats.of(x)
 
-    def contraction(self, shape):
-        del shape
+    def contraction(self, shape, norm=None):
+        del shape, norm
         return 1.0
 
-    def contraction_before(self, then, shape):
-        return then.contraction(shape)
+    def contraction_before(self, then, shape, norm=None):
+        return then.contraction(shape, norm)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class TopK(Compressor):
-    """Keeps the k = max(1, ⌊fraction · size⌋) entries largest in magnitude. α = k / size.
+class Damping(Compressor):
+    """γ x (paper M, Definition 8). α = 1 − (1 − γ)², in every norm.
 
-    Ties go to the lower position. Positions take one bit an entry or ⌈log₂ size⌉ bits each,
-    whichever is less. Where the dense array would weigh no more, that is sent (α = 1).
+    It saves nothing. What would overflow becomes the largest float.
 
     Raises:
-      ValueError: unless 0 < fraction <= 1; or for a leaf of 2**31 entries or more.
+      ValueError: unless 0 < γ < 2.
     """
 
-    fraction: float
+    factor: float
+
+    entrywise = True
 
     def __post_init__(self):
-        _check_fraction(self)
+        if not 0 < self.factor < 2:
+            raise ValueError(f"`factor` of Damping must lie in (0, 2), got {self.factor}.")
 
     def compress(self, x, key):
         del key
-        count = _count(self, x)
-        bits_as_indices = count * Indices.width(x.size)
-        bits_of_values = count * x.dtype.itemsize * 8
-        if bits_of_values + min(x.size, bits_as_indices) >= x.size * x.dtype.itemsize * 8:
-            return Floats.of(x)
-        flat = x.ravel()
-        mask = _largest(flat, count)
-        positions = _packing.set_positions(mask, x.size, count)
-        if x.size < bits_as_indices:
-            where = Mask(mask, x.size, count)
-        else:
-            where = Indices.of(positions, x.size)
-        return Sparse(Floats.of(flat[positions]), where, x.shape)
+        return Floats.of(without_overflow(x * jnp.asarray(self.factor, x.dtype), x))
 
-    def contraction(self, shape):
-        size = math.prod(shape)
-        return _kept(self.fraction, size) / size if size else 1.0
+    def contraction(self, shape, norm=None):
+        del shape, norm
+        return 1 - (1 - self.factor) ** 2
 
-    def contraction_before(self, then, shape):
-        return _contraction_of_values(self, then, shape)
+    def contraction_before(self, then, shape, norm=None):
+        # x − C(γx) is (1 − γ) x and γx − C(γx): orthogonal on average, where that is unbiased.
+        alpha = then.contraction(shape, norm)
+        if alpha is None:
+            return None
+        withheld, lost = abs(1 - self.factor), self.factor * math.sqrt(1 - alpha)
+        orthogonal = then.unbiased and entry_exponent(norm) == 2
+        alpha = 1 - (withheld**2 + lost**2 if orthogonal else (withheld + lost) ** 2)
+        return alpha if alpha > 0 else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class RandK(Compressor):
-    """Keeps k = max(1, ⌊fraction · size⌋) random entries. α = k / size, with equality.
+class Dropout(Compressor):
+    """`x` with a probability, else zero, all of it (paper M, Definition 9). α = p, in every norm.
 
-    Every entry is kept with probability k / size. The positions are one in each of k strata
-    (see `Strata`), not a uniform k-subset, and cost nothing: both ends draw them from the seed
-    that the message carries. Not scaled by size / k, hence biased and contractive, as in paper M.
-
-    Raises:
-      ValueError: unless 0 < fraction <= 1; or for a leaf of 2**31 entries or more.
-    """
-
-    fraction: float
-
-    def __post_init__(self):
-        _check_fraction(self)
-
-    def compress(self, x, key):
-        count = _count(self, x)
-        if x.size == 0:
-            return Floats.of(x)
-        where = Strata.of(key, x.size, count)
-        message = Sparse(Floats.of(x.ravel()[where.positions()]), where, x.shape)
-        return message if wire_bits(message) < wire_bits(Floats.of(x)) else Floats.of(x)
-
-    def contraction(self, shape):
-        size = math.prod(shape)
-        return _kept(self.fraction, size) / size if size else 1.0
-
-    def contraction_before(self, then, shape):
-        return _contraction_of_values(self, then, shape)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class RankK(Compressor):
-    """Keeps r = max(1, ⌊fraction · min(m, n)⌋) directions of a matrix. α >= r / min(m, n).
-
-    With `exact`, the truncated singular value decomposition; otherwise the projection onto the
-    range of X (XᵀX)^p Ω, with Ω Gaussian and p `power_iterations`, computed by matrix products
-    alone (paper M, Section 5; Halko, Martinsson, Tropp 2011). The factor along the shorter side
-    is orthonormal, the other one carries the size. α of the projection holds in expectation over
-    Ω, up to what the orthonormalisation in float32 leaves (a few parts in 1e4).
-
-    Leading axes are batched. Arrays of fewer than two axes, and matrices whose factors would
-    weigh no less than they do, are sent as they are.
+    Also known as the Bernoulli compressor; not scaled by 1 / p, hence biased. Messages have one
+    size here, and zeros are sent as they are: it saves nothing on the wire, and only
+    `PaperConvention` counts what it saves on average.
 
     Raises:
-      ValueError: unless 0 < fraction <= 1 and power_iterations >= 0.
+      ValueError: unless 0 < probability <= 1.
     """
 
-    fraction: float
-    exact: bool = False
-    power_iterations: int = 1
+    probability: float
 
     def __post_init__(self):
-        _check_fraction(self)
-        if self.power_iterations < 0:
+        if not 0 < self.probability <= 1:
             raise ValueError(
-                f"`power_iterations` must not be negative, got {self.power_iterations}."
+                f"`probability` of Dropout must lie in (0, 1], got {self.probability}. It is that "
+                "of sending."
             )
 
     def compress(self, x, key):
-        if not self._applies(x.shape):
-            return Floats.of(x)
-        factors = self._svd if self.exact else self._subspace
-        dtype = at_least_float32(x.dtype)
-        # Squares of huge entries would overflow: work on a copy whose largest entry is one.
-        largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True).astype(dtype)
-        unit = x.astype(dtype) / jnp.where(largest > 0, largest, jnp.ones_like(largest))
-        left, right = factors(unit, _kept(self.fraction, min(x.shape[-2:])), key, largest)
-        left, right = (Floats.of(factor.astype(x.dtype)) for factor in (left, right))
-        return LowRank(left, right, x.shape)
+        keep = jax.random.bernoulli(key, self.probability)
+        return Sometimes(Floats.of(jnp.where(keep, x, jnp.zeros_like(x))), self.probability)
 
-    def _applies(self, shape):
-        if len(shape) < 2 or math.prod(shape) == 0:
-            return False
-        m, n = shape[-2:]
-        return _kept(self.fraction, min(m, n)) * (m + n) < m * n
+    def contraction(self, shape, norm=None):
+        del shape, norm
+        return self.probability
 
-    def _svd(self, x, rank, key, size):
-        del key
-        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-        scaled = jnp.swapaxes(vt, -1, -2)[..., :rank] * s[..., None, :rank] * size
-        if x.shape[-2] <= x.shape[-1]:
-            return u[..., :rank], scaled
-        return u[..., :rank] * s[..., None, :rank] * size, jnp.swapaxes(vt, -1, -2)[..., :rank]
-
-    def _subspace(self, x, rank, key, size):
-        short, long = ("m", "n") if x.shape[-2] <= x.shape[-1] else ("n", "m")
-
-        def times(basis, out, inside):  # X or Xᵀ times a basis; neither is transposed in memory
-            return jnp.einsum(f"...mn,...{inside}r->...{out}r", x, basis, precision="highest")
-
-        noise = jax.random.normal(key, (*x.shape[:-2], max(x.shape[-2:]), rank), x.dtype)
-        basis = _orthonormal(times(noise, short, long))
-        for _ in range(self.power_iterations):
-            basis = _orthonormal(times(times(basis, long, short), short, long))
-        other = times(basis, long, short) * size
-        return (basis, other) if short == "m" else (other, basis)
-
-    def contraction(self, shape):
-        if not self._applies(shape):
-            return 1.0
-        return _kept(self.fraction, min(shape[-2:])) / min(shape[-2:])
-
-    def contraction_before(self, then, shape):
-        if not self._applies(shape):
-            return then.contraction(shape)
-        # One factor has columns of length one, the other carries the energy s of what is kept. If
-        # the errors of their entries are independent, unbiased and at most ω of the squares, those
-        # of the product add up to at most (2ω + ω²) s.
-        alpha = then.contraction((min(shape[-2:]), _kept(self.fraction, min(shape[-2:]))))
-        if alpha is None or not then.unbiased:
-            return None
-        omega = 1 - alpha
-        return self.contraction(shape) * (1 - 2 * omega - omega**2)
+    def contraction_before(self, then, shape, norm=None):
+        alpha = then.contraction(shape, norm)
+        return None if alpha is None else self.probability * alpha
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Natural(Compressor):
     """Rounds to a power of two and sends a byte for each: a sign and seven bits of exponent.
 
-    At random and without bias (Horváth et al. 2022): α = 7/8. Or to the `nearest`: α = 8/9.
+    At random and without bias (Horváth et al. 2022): α = 7/8, in every ℓ_{p,q} norm with p, q <= 2.
+    Or to the `nearest`, at most a third of the entry away: α = 8/9, in every absolute norm.
+
     Exponents count down from the largest in the leaf; 127 binades are kept, and what is smaller
-    than 2**-126 of the largest entry, or subnormal, becomes zero. Where the dense array would weigh
-    no more (two entries of 16 bits, or none at all), that is sent.
+    than 2**-126 of the largest entry, or subnormal, becomes zero: α holds up to that. Where the
+    dense array would weigh no more (two entries of 16 bits, or none at all), that is sent.
+
+    Raises:
+      ValueError: if random, for a leaf of 2**32 entries or more.
     """
 
     nearest: bool = False
+
+    entrywise = True
     leaves_floats = False
 
     @property
@@ -272,9 +197,15 @@ class Natural(Compressor):
         message = PowersOfTwo.of(x, noise)
         return message if wire_bits(message) < wire_bits(Floats.of(x)) else Floats.of(x)
 
-    def contraction(self, shape):
-        del shape
-        return 8 / 9 if self.nearest else 7 / 8
+    def contraction(self, shape, norm=None):
+        if self.nearest:
+            absolute = norm is None or norm.absolute
+            return 8 / 9 if absolute else from_euclidean(8 / 9, shape, norm)
+        # The errors' root mean squares are at most √(1/8) of the entries, and ‖E ·²‖^½, of entries,
+        # exceeds (E‖·‖²)^½ where both exponents are at most two (Minkowski).
+        exponents = mixed_exponents(norm)
+        bounded = exponents is not None and max(exponents[:2]) <= 2
+        return 7 / 8 if bounded else from_euclidean(7 / 8, shape, norm)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -295,6 +226,14 @@ class Chain(Compressor):
             )
 
     @property
+    def unbiased(self):  # type: ignore
+        return self.first.unbiased and self.then.unbiased
+
+    @property
+    def entrywise(self):  # type: ignore
+        return self.first.entrywise and self.then.entrywise
+
+    @property
     def leaves_floats(self):  # type: ignore
         return self.then.leaves_floats
 
@@ -309,8 +248,8 @@ class Chain(Compressor):
             for i, node in enumerate(nodes)
         )
 
-    def contraction(self, shape):
-        return self.first.contraction_before(self.then, shape)
+    def contraction(self, shape, norm=None):
+        return self.first.contraction_before(self.then, shape, norm)
 
     def __repr__(self):
         then = f"({self.then!r})" if isinstance(self.then, Chain) else repr(self.then)
@@ -321,64 +260,65 @@ def _is_floats(node):
     return isinstance(node, Floats)
 
 
-def _check_fraction(compressor):
-    if not 0 < compressor.fraction <= 1:
+def check_fraction(compressor: Compressor, fraction: float) -> None:
+    """Raises a ValueError unless 0 < fraction <= 1."""
+    if not 0 < fraction <= 1:
         raise ValueError(
-            f"`fraction` of {type(compressor).__name__} must lie in (0, 1], got "
-            f"{compressor.fraction}. It is the share that is kept: 0.15 for 15 %."
+            f"`fraction` of {type(compressor).__name__} must lie in (0, 1], got {fraction}. It is "
+            "the share that is kept: 0.15 for 15 %."
         )
 
 
-def _kept(fraction, size):
+def check_indexable(compressor: Compressor, shape: tuple[int, ...], entries: int) -> None:
+    """Raises a ValueError where an int32 cannot tell one entry from another."""
+    if entries >= 1 << 31:
+        raise ValueError(
+            f"{compressor!r} cannot index a leaf of shape {shape}: {entries} places, and positions "
+            "are int32. Split the leaf, or stack it along a leading axis."
+        )
+
+
+def kept(fraction: float, size: int) -> int:
     """How many are kept of `size`, as in paper M, Table 2."""
     # 0.15 * 20 is 3.0000000000000004 in one order of products and 2.9999999999999996 in another:
     # a share that is whole but for rounding counts as whole.
     return min(size, max(1, math.floor(fraction * size * (1 + 1e-12))))
 
 
-def _count(compressor, x):
-    if x.size >= 1 << 31:
-        raise ValueError(
-            f"{compressor!r} cannot index a leaf of shape {x.shape}: {x.size} entries, and "
-            "positions are int32. Split the leaf, or stack it along a leading axis."
-        )
-    return _kept(compressor.fraction, x.size)
+def contraction_of_values(
+    share: float,
+    then: Compressor,
+    values: tuple[int, ...],
+    shape: tuple[int, ...],
+    norm: Geometry | None,
+) -> float | None:
+    """The α of sending a part of the entries, as `then` compresses them.
 
+    What `then` loses lies on the entries that are kept, and what is not kept lies elsewhere. So of
+    Σ|x|^p there is lost all but `share`, and of this what `then` loses, by its α' no more than
+    (1 − α')^(p/2): a share (1 − (1 − α')^(p/2)) of it stays. This is α for p = 2, and the square
+    of an ℓp norm falls by no less a share for p < 2. Where the dense array is sent instead, which
+    its dtype decides, `then` acts on all of it.
 
-def _contraction_of_values(sparse, then, shape):
-    # What `then` loses lies on the kept entries, so the two errors are orthogonal:
-    # ‖x‖² − ‖x_S‖² + (1 − α')‖x_S‖² = ‖x‖² − α'‖x_S‖². Where the dense array is sent instead, which
-    # its dtype decides, `then` acts on all of it.
-    of_values = then.contraction((_kept(sparse.fraction, math.prod(shape)),))
-    of_dense = then.contraction(shape)
+    Args:
+      share: what of Σ|x|^p is kept, at least, or in expectation.
+      then: what acts on the values.
+      values: their shape.
+      shape: that of the leaf.
+      norm: ℓp of the entries with p <= 2; None is returned for others.
+    """
+    p = entry_exponent(norm)
+    if p is None or p > 2 or (norm is not None and is_stack(shape)):
+        return None
+    of_values = then.contraction(values, norm)
+    of_dense = then.contraction(shape, norm)
     if of_values is None or of_dense is None:
         return None
-    return min(of_values * sparse.contraction(shape), of_dense)
+    stays = squared(of_values, p / 2)
+    return None if stays is None else min(share * stays, of_dense)
 
 
-def _largest(flat, count):
-    """A packed mask of the `count` entries largest in magnitude, ties to the lower position.
-
-    Magnitudes order as their bits do, so the smallest that is kept is found bit by bit, from the
-    top, by counting: one pass a bit instead of a sort.
-    """
-    word = _packing.to_bits(jnp.abs(flat.astype(at_least_float32(flat.dtype))))
-    places = word.dtype.itemsize * 8 - 1
-
-    def raise_threshold(step, threshold):
-        place = (places - 1 - step).astype(word.dtype)
-        candidate = threshold | (jnp.ones((), word.dtype) << place)
-        enough = jnp.sum(word >= candidate, dtype=jnp.int32) >= count
-        return jnp.where(enough, candidate, threshold)
-
-    # A zero made of the data, so that the carry varies over the same mesh axes as the steps.
-    threshold = lax.fori_loop(0, places, raise_threshold, word[0] & jnp.zeros((), word.dtype))
-    above, tied = word > threshold, word == threshold
-    room = count - jnp.sum(above, dtype=jnp.int32)
-    first_ties = _packing.ranks(_packing.pack_mask(tied), flat.size) < room
-    return _packing.pack_mask(above | (tied & first_ties))
-
-
-def _orthonormal(basis):
-    """Columns with the same span and, but for directions lost in rounding, orthonormal."""
-    return orthogonalize(basis, polar_express(8))
+def without_overflow(y: jax.Array, x: jax.Array) -> jax.Array:
+    """`y`, with the largest float where it is infinite and `x` is not."""
+    largest = jnp.copysign(jnp.asarray(jnp.finfo(y.dtype).max, y.dtype), y)
+    return jnp.where(jnp.isinf(y) & jnp.isfinite(x), largest, y)

@@ -6,13 +6,23 @@ about the least that any code needs: a set of k positions out of d is one of C(d
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 
-from ._messages import LowRank, PowersOfTwo, Sparse, Strata, is_message, wire_bits
+from ._messages import (
+    LowRank,
+    PowersOfTwo,
+    SignedOnes,
+    Sometimes,
+    Sparse,
+    Subspace,
+    Transposed,
+    is_message,
+    wire_bits,
+)
+from ._positions import Strata, log2_binomial as log2_binomial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,14 @@ class PaperConvention:
                 return self._bits(left) + self._bits(right)
             case PowersOfTwo(codes):
                 return codes.size * self.natural_bits
+            case Subspace(coefficients):
+                return self._bits(coefficients)
+            case SignedOnes(magnitude):  # a position and a sign for each column
+                return self._bits(magnitude) + node.columns * (self.index_bits + 1)
+            case Transposed(inner):
+                return self._bits(inner)
+            case Sometimes(inner, probability):
+                return round(probability * self._bits(inner))
             case _:
                 return wire_bits(node)
 
@@ -58,22 +76,26 @@ def information_bits(messages: Any) -> int:
 def _information(node):
     match node:
         case Sparse(values, where):
-            positions = wire_bits(where)
-            if not isinstance(where, Strata):
-                positions = math.ceil(log2_binomial(where.size, where.count))
-            return _information(values) + positions
+            return _information(values) + math.ceil(where.information)
         case LowRank(left, right):
             return _information(left) + _information(right)
+        case Subspace(coefficients, frequencies):
+            return _information(coefficients) + math.ceil(frequencies.information)
+        case SignedOnes(magnitude):
+            return _information(magnitude) + math.ceil(node.information)
+        case Transposed(inner):
+            return _information(inner)
+        case Sometimes(inner, probability):
+            return math.ceil(probability * _information(inner) + _entropy(probability))
         case _:
             return wire_bits(node)
 
 
-@functools.cache
-def log2_binomial(n: int, k: int) -> float:
-    """log₂ C(n, k)."""
-    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+def _entropy(probability):
+    """Bits of one coin."""
+    both = (probability, 1 - probability)
+    return -sum(p * math.log2(p) for p in both if p > 0)
 
 
 def _nodes(messages):
     return jax.tree.leaves(messages, is_leaf=is_message)
-

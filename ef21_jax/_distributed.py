@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from . import _axes
 from ._axes import AxisName
-from ._dtypes import widen
+from ._dtypes import rounded, widen
 from ._grouping import map_grouped
 from ._messages import expand, is_message
 
@@ -197,7 +197,7 @@ def _select(chosen, new, old):
 
 
 def _cast_like(tree, like):
-    return jax.tree.map(lambda x, target: x.astype(target.dtype), tree, like)
+    return jax.tree.map(lambda x, target: rounded(x, target.dtype), tree, like)
 
 
 # What follows works on any tree that has a `DistributedState` somewhere in it: the state of a

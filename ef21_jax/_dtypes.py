@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
@@ -23,3 +24,9 @@ def widen(tree: Any) -> Any:
         return jnp.asarray(leaf, dtype)
 
     return jax.tree.map(widen_leaf, tree)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in `dtype`. Where that is narrower, no compiler may take the rounding back."""
+    # XLA drops a cast to fewer bits and back (it allows itself excess precision), unless barred.
+    return x if x.dtype == dtype else lax.optimization_barrier(x.astype(dtype))

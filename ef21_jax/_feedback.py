@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from ._compressors import Compressor
+from ._dtypes import rounded
 from ._grouping import map_grouped
 from ._messages import expand
 from ._settings import Setting, per_leaf
@@ -62,6 +64,7 @@ def ef21(compressors: Setting) -> ErrorFeedback:
     """
 
     def init(params):
+        per_leaf(compressors, params, Compressor)  # an error as early as can be
         return EF21State(optax.tree.zeros_like(params))
 
     def send(updates, state, params=None, *, key, **extra_args):
@@ -90,6 +93,7 @@ def ef14(compressors: Setting) -> ErrorFeedback:
     """EF14 (Seide et al. 2014): compress the update plus all that was withheld before."""
 
     def init(params):
+        per_leaf(compressors, params, Compressor)
         return ResidualState(optax.tree.zeros_like(params))
 
     def send(updates, state, params=None, *, key, **extra_args):
@@ -105,12 +109,16 @@ def ef14(compressors: Setting) -> ErrorFeedback:
 def no_feedback(compressors: Setting) -> ErrorFeedback:
     """Compresses the update and forgets the rest. The baseline that may diverge."""
 
+    def init(params):
+        per_leaf(compressors, params, Compressor)
+        return optax.EmptyState()
+
     def send(updates, state, params=None, *, key, **extra_args):
         del params, extra_args
         return compress(compressors, updates, key), state
 
     server = optax.with_extra_args_support(optax.identity())
-    worker = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), send)
+    worker = optax.GradientTransformationExtraArgs(init, send)
     return ErrorFeedback(worker, server)
 
 
@@ -137,8 +145,8 @@ def _lost_in_rounding(step, param):
     if param.dtype == step.dtype:
         return jnp.zeros_like(step)
     # Just what `optax.apply_updates` will do with the step, cast to the dtype of the parameter.
-    moved = (param + step.astype(param.dtype)).astype(step.dtype) - param.astype(step.dtype)
-    return step - moved
+    later = lax.optimization_barrier(param + rounded(step, param.dtype))
+    return step - (later.astype(step.dtype) - param.astype(step.dtype))
 
 
 class MomentumState(NamedTuple):
@@ -157,8 +165,7 @@ def worker_momentum(decay: float | jax.Array) -> optax.GradientTransformationExt
     Raises:
       ValueError: for a decay outside of [0, 1).
     """
-    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
-        raise ValueError(f"`decay` (momentum) must lie in [0, 1), got {decay}.")
+    check_decay(decay)
 
     def init(params):
         return MomentumState(optax.tree.zeros_like(params), jnp.zeros([], jnp.int32))
@@ -175,3 +182,9 @@ def worker_momentum(decay: float | jax.Array) -> optax.GradientTransformationExt
         return momentum, MomentumState(momentum, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_decay(decay: float | jax.Array) -> None:
+    """Raises a `ValueError` for a momentum outside of [0, 1), unless it is traced."""
+    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
+        raise ValueError(f"`decay` (momentum) must lie in [0, 1), got {decay}.")

@@ -48,7 +48,8 @@ def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
                 f"{path_name(path[2:])}: the workers' estimates average to shape {mean.shape}, the "
                 f"server's has {theirs.shape}. Was the state restored for another model?"
             )
-        size = float(jnp.max(jnp.abs(mean), initial=0.0))
+        # Of the G_j: near an optimum they stay as large as they are, and their mean vanishes.
+        size = float(jnp.max(jnp.abs(mine), initial=0.0))
         gap = float(jnp.max(jnp.abs(theirs - mean), initial=0.0))
         relative = gap / size if size else gap
         if not relative <= tolerance:  # so written, NaN fails

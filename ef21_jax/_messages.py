@@ -8,6 +8,14 @@ nest: the values of a `Sparse` are themselves a message, and a compressor that f
 Two rules hold for every kind. A message whose leaves are all zero stands for the zero array:
 that is how a refused message is silenced on both ends. And `total` adds up n stacked messages
 without holding n dense arrays.
+
+Some messages can be added on their way, by the network itself: those whose floats are a linear
+function of the array, and the same function at all workers. It is the same where what it depends
+on, the key of the compressor, is. Then
+
+    mean = message.with_addend(lax.pmean(message.addend(), axis_name)).dense()
+
+is the mean of the arrays, at the cost of an all-reduce of the floats alone: the seed is known.
 """
 
 import abc
@@ -20,7 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _packing
+from ._dtypes import at_least_float32
 from ._grouping import map_grouped
+from ._positions import EliasFano, Mask, Positions, Strata
 
 
 class Message(abc.ABC):
@@ -29,6 +39,31 @@ class Message(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """The array this message stands for."""
+
+    @property
+    def summable(self) -> bool:
+        """Whether messages made with one key, of whatever arrays, add as their `addend`s do."""
+        return False
+
+    def addend(self) -> jax.Array:
+        """The floats that add. Raises a ValueError unless the message is `summable`."""
+        self._check_summable()
+        return self._addend()
+
+    def with_addend(self, addend: jax.Array) -> "Message":
+        """This message with other floats: `with_addend(addend())` is the message itself."""
+        self._check_summable()
+        return self._with_addend(addend)
+
+    def _check_summable(self):
+        if not self.summable:
+            raise ValueError(f"{type(self).__name__}: such messages do not add up, only arrays do.")
+
+    def _addend(self) -> jax.Array:
+        raise NotImplementedError
+
+    def _with_addend(self, addend: jax.Array) -> "Message":
+        raise NotImplementedError
 
     def total(self) -> jax.Array:
         """The sum of the arrays that n messages, stacked along a new leading axis, stand for."""
@@ -94,6 +129,16 @@ class Floats(Message):
     def total(self):
         return jnp.sum(self.dense(), axis=0)
 
+    @property
+    def summable(self):
+        return True
+
+    def _addend(self):
+        return self.dense()
+
+    def _with_addend(self, addend):
+        return Floats.of(addend)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -135,110 +180,184 @@ class LowRank(Message):
         return product.reshape(self.shape)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Indices:
-    """k flat positions, packed in the fewest bits that can tell any of them."""
+class _Around(Message):
+    """A message whose floats are those of another, `inner`."""
 
-    packed: jax.Array  # (ceil(k * width / 8),), uint8
-    size: int = _static()  # of the array they point into
-    count: int = _static()  # k
+    inner: Message
 
-    @staticmethod
-    def width(size: int) -> int:
-        """Bits a position in an array of `size` entries takes."""
-        return (size - 1).bit_length()
+    @property
+    def summable(self):
+        return self.inner.summable
 
-    @staticmethod
-    def of(positions: jax.Array, size: int) -> "Indices":
-        """`positions`: shape (k,), distinct, below `size`."""
-        packed = _packing.pack(positions.astype(jnp.uint32), Indices.width(size))
-        return Indices(packed, size, positions.size)
+    def _addend(self):
+        return self.inner.addend()
 
-    def positions(self) -> jax.Array:
-        """Shape (k,), int32."""
-        return _packing.unpack(self.packed, Indices.width(self.size), self.count).astype(jnp.int32)
-
-    def place(self, values: jax.Array) -> jax.Array:
-        """Zeros of shape (size,) with `values` at the positions."""
-        # `add`, not `set`: an all-zero message repeats position 0.
-        return jnp.zeros((self.size,), values.dtype).at[self.positions()].add(values)
+    def _with_addend(self, addend):
+        return dataclasses.replace(self, inner=self.inner.with_addend(addend))  # type: ignore
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mask:
-    """k flat positions as one bit an entry: fewer bits than indices once k is no small share."""
+class Transposed(_Around):
+    """The array of another message with its last two axes swapped."""
 
-    packed: jax.Array  # (ceil(size / 8),), uint8
-    size: int = _static()
-    count: int = _static()
+    inner: Message
 
-    def place(self, values: jax.Array) -> jax.Array:
-        """Zeros of shape (size,) with `values`, in order, where the mask is set."""
-        mask = _packing.unpack_mask(self.packed, self.size)
-        placed = values.at[_packing.ranks(self.packed, self.size)].get(mode="clip")
-        return jnp.where(mask, placed, jnp.zeros_like(placed))
+    def dense(self):
+        return jnp.swapaxes(self.inner.dense(), -1, -2)
+
+    def total(self):
+        return jnp.swapaxes(self.inner.total(), -1, -2)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Strata:
-    """k random positions that both ends draw from a seed: one in each of k neighbouring strata.
+class Sometimes(_Around):
+    """The array of another message, which is zero but with some probability.
 
-    The strata cut [0, size) into k runs whose lengths differ by at most one, and all of them are
-    shifted around the circle by one uniform offset. So the positions are distinct, no sort is
-    needed, and every entry is drawn with probability exactly k / size: the mean over the offset
-    of one over the length of the stratum it falls into is k / size, since there are k strata.
+    Zeros travel like other numbers here: what could be saved, a wire of changing length would save.
     """
 
-    seed: jax.Array  # the words of a key, uint32
-    impl: str = _static()
-    size: int = _static()
-    count: int = _static()
+    inner: Message
+    probability: float = _static()
 
-    @staticmethod
-    def of(key: jax.Array, size: int, count: int) -> "Strata":
-        """The positions that `key` draws."""
-        return Strata(jax.random.key_data(key), str(jax.random.key_impl(key)), size, count)
+    def dense(self):
+        return self.inner.dense()
 
-    def positions(self) -> jax.Array:
-        """Shape (k,), int32, distinct."""
-        key = jax.random.wrap_key_data(self.seed, impl=self.impl)
-        shift_key, inside_key = jax.random.split(key)
-        quotient, remainder = divmod(self.size, self.count)
-        stratum = jnp.arange(self.count, dtype=jnp.int32)
-        start = stratum * quotient + jnp.minimum(stratum, remainder)
-        length = quotient + (stratum < remainder).astype(jnp.int32)
-        inside = jax.random.randint(inside_key, (self.count,), 0, length, jnp.int32)
-        shift = jax.random.randint(shift_key, (), 0, self.size, jnp.int32)
-        # The sum of two positions may pass 2**31; the remainder is taken without forming it.
-        position = start + inside
-        wrapped = position >= self.size - shift
-        return jnp.where(wrapped, position - (self.size - shift), position + shift)
-
-    def place(self, values: jax.Array) -> jax.Array:
-        """Zeros of shape (size,) with `values` at the positions."""
-        return jnp.zeros((self.size,), values.dtype).at[self.positions()].add(values)
+    def total(self):
+        return self.inner.total()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sparse(Message):
-    """Zeros, but for k values at given positions."""
+    """Zeros, but for k values, or rows of values, at given positions."""
 
-    values: Message  # (k,)
-    where: Indices | Mask | Strata
+    values: Message  # (k,), or (k, n) for rows
+    where: Positions
     shape: tuple[int, ...] = _static()
 
     def dense(self):
         return self.where.place(self.values.dense()).reshape(self.shape)
 
     def total(self):
-        if isinstance(self.where, Mask):
-            return super().total()
+        if isinstance(self.where, (Mask, EliasFano)):
+            return super().total()  # to decode n of them at once would take n dense arrays
         # One scatter for all n messages.
-        values = jax.vmap(dense)(self.values).ravel()
-        positions = jax.vmap(type(self.where).positions)(self.where).ravel()
-        zeros = jnp.zeros((math.prod(self.shape),), values.dtype)
-        return zeros.at[positions].add(values).reshape(self.shape)
+        values = jax.vmap(dense)(self.values)
+        positions = jax.vmap(lambda where: where.positions())(self.where).ravel()
+        zeros = jnp.zeros((self.where.size, *values.shape[2:]), values.dtype)
+        return zeros.at[positions].add(values.reshape(-1, *values.shape[2:])).reshape(self.shape)
+
+    @property
+    def summable(self):
+        return isinstance(self.where, Strata) and self.values.summable
+
+    def _addend(self):
+        return self.values.addend()
+
+    def _with_addend(self, addend):
+        return dataclasses.replace(self, values=self.values.with_addend(addend))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SignedOnes(Message):
+    """Matrices with at most one entry that is not zero in each column, all of one magnitude."""
+
+    magnitude: Message  # (matrices,)
+    packed: jax.Array  # (ceil(columns * width / 8),), uint8: 0, or 1 + row, plus m where negative
+    entries: int = _static()  # m, of a column
+    columns: int = _static()  # of all matrices
+    shape: tuple[int, ...] = _static()
+
+    @staticmethod
+    def of(
+        magnitude: jax.Array,
+        rows: jax.Array,
+        signs: jax.Array,
+        entries: int,
+        shape: tuple[int, ...],
+    ) -> "SignedOnes":
+        """What stands for `magnitude` · `signs` at `rows`.
+
+        Args:
+          magnitude: shape (matrices,).
+          rows: shape (matrices, n), int32, where the entry of each column is.
+          signs: shape (matrices, n): −1, 0 or 1.
+          entries: m, of a column.
+          shape: of the array, (..., m, n) or (m,).
+        """
+        code = jnp.where(signs < 0, rows + (1 + entries), rows + 1)
+        code = jnp.where(signs == 0, jnp.zeros_like(code), code).astype(jnp.uint32)
+        packed = _packing.pack(code.ravel(), (2 * entries).bit_length())
+        return SignedOnes(Floats.of(magnitude), packed, entries, rows.size, shape)
+
+    def dense(self):
+        m, magnitude = self.entries, self.magnitude.dense().reshape(-1, 1, 1)
+        code = _packing.unpack(self.packed, (2 * m).bit_length(), self.columns).astype(jnp.int32)
+        code = code.reshape(magnitude.size, 1, -1)
+        row = jnp.where(code > m, code - m, code)
+        here = lax.broadcasted_iota(jnp.int32, (1, m, 1), 1) + 1 == row
+        entry = jnp.where(code > m, -magnitude, magnitude)
+        return jnp.where(here, entry, jnp.zeros_like(entry)).reshape(self.shape)
+
+    @property
+    def information(self) -> float:
+        """The bits that the best code for positions and signs would take."""
+        return self.columns * math.log2(2 * self.entries + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Subspace(Message):
+    """Matrices in a random subspace that both ends draw: cosines of given frequencies.
+
+    The basis Q of the shorter side, s, is orthonormal: r columns of the cosine transform, after
+    one random sign a row. It is made entry by entry, without a factorisation.
+    """
+
+    coefficients: Message  # (..., r, longer side)
+    frequencies: Strata  # r of s
+    shape: tuple[int, ...] = _static()
+
+    @staticmethod
+    def basis(frequencies: Strata, dtype: jnp.dtype) -> jax.Array:
+        """Q: shape (s, r)."""
+        size = frequencies.size
+        frequency = frequencies.positions().astype(jnp.uint32)[None, :]
+        row = jnp.arange(size, dtype=jnp.uint32)[:, None]
+        # Exact: below 2**32, since a matrix of fewer than 2**31 entries has a side below 46341.
+        phase = ((2 * row + 1) * frequency % jnp.uint32(4 * size)).astype(dtype)
+        cosine = jnp.cos(phase * jnp.asarray(math.pi / (2 * size), dtype))
+        weight = jnp.where(frequency == 0, math.sqrt(1 / size), math.sqrt(2 / size)).astype(dtype)
+        signs = jax.random.rademacher(jax.random.fold_in(frequencies.key(), 1), (size, 1), dtype)
+        return signs * weight * cosine
+
+    def dense(self):
+        values = self.coefficients.dense()
+        basis = self.basis(self.frequencies, at_least_float32(values.dtype))
+        return self._product("", basis, values)
+
+    def total(self):
+        # One product of the n bases side by side.
+        values = jax.vmap(dense)(self.coefficients)
+        dtype = at_least_float32(values.dtype)
+        bases = jax.vmap(lambda frequencies: self.basis(frequencies, dtype))(self.frequencies)
+        return self._product("w", bases, values)
+
+    def _product(self, worker, basis, values):
+        m, n = self.shape[-2:]
+        form = f"{worker}sr,{worker}...rl->...{'sl' if m <= n else 'ls'}"
+        product = jnp.einsum(form, basis, values.astype(basis.dtype), precision="highest")
+        return product.astype(values.dtype)
+
+    @property
+    def summable(self):
+        return self.coefficients.summable
+
+    def _addend(self):
+        return self.coefficients.addend()
+
+    def _with_addend(self, addend):
+        return dataclasses.replace(self, coefficients=self.coefficients.with_addend(addend))

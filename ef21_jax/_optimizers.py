@@ -4,15 +4,17 @@ Learning rates are floats or optax schedules. An LMO step has length learning ra
 layer's norm, whatever the gradient's size: the radius t of the papers.
 """
 
+import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ._axes import AxisName
 from ._compressors import Identity
 from ._distributed import Distributed, distribute
-from ._feedback import ef14, ef21, ef21_p, no_feedback, worker_momentum
+from ._feedback import check_decay, ef14, ef21, ef21_p, no_feedback, worker_momentum
 from ._grouping import map_grouped
 from ._norms import Norm
 from ._polar import unit_scale
@@ -41,7 +43,12 @@ def lmo_step(
         chosen = per_leaf(norms, updates, Norm)
         return treedef.unflatten(map_grouped(lambda norm, g: norm.lmo(g), chosen, leaves))
 
-    return _step(optax.stateless(lmo), learning_rate, weight_decay)
+    def init(params):
+        per_leaf(norms, params, Norm)  # an error as early as can be
+        return optax.EmptyState()
+
+    direction = optax.GradientTransformation(init, optax.stateless(lmo).update)
+    return _step(direction, learning_rate, weight_decay)
 
 
 def _step(direction, learning_rate, weight_decay=0.0):
@@ -61,15 +68,16 @@ def normalize() -> optax.GradientTransformation:
     def update(updates, params=None):
         del params
         leaves, treedef = jax.tree.flatten(updates)
+        if not leaves:
+            return updates
         # One vector, so that the largest entry and the norm are those of the whole tree.
-        flat = [leaf.ravel() for leaf in leaves]
-        whole = unit_scale(jax.numpy.concatenate(flat), (0,)) if flat else None
-        ends = [0]
-        for leaf in leaves:
-            ends.append(ends[-1] + leaf.size)
+        widest = max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
+        whole = jnp.concatenate([leaf.ravel().astype(widest) for leaf in leaves])
+        ends = list(itertools.accumulate(leaf.size for leaf in leaves))[:-1]
+        parts = jnp.split(unit_scale(whole, (0,)), ends)
         return treedef.unflatten(
-            whole[start:end].reshape(leaf.shape)
-            for leaf, start, end in zip(leaves, ends, ends[1:], strict=False)
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
         )
 
     return optax.stateless(update)
@@ -193,6 +201,7 @@ def muon(
 
     The other arguments and the errors are those of `ef21_muon`.
     """
+    check_decay(momentum)
     spectral = optax.chain(
         optax.trace(momentum, nesterov=nesterov),
         lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),

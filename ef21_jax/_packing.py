@@ -5,6 +5,7 @@ Every array that travels is made here and read back here. Nothing in this module
 writing end saw, and both decode from those.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,50 @@ def unpack(packed: jax.Array, width: int, size: int) -> jax.Array:
         return jnp.zeros((size,), jnp.uint32)
     bits = jnp.unpackbits(packed, count=size * width, bitorder="little").reshape(size, width)
     return jnp.sum(bits.astype(jnp.uint32) << _places(width), axis=1, dtype=jnp.uint32)
+
+
+def pack_lanes(codes: jax.Array, width: int) -> jax.Array:
+    """Packs each row of codes below 2**width, with the row's entries a stride apart in a byte.
+
+    Byte j of a row holds its entries j, j + m, j + 2m, ... where m is the number of bytes: whole
+    vectors are shifted and joined, which is many times as fast as `pack`. A width that does not
+    divide 8 is cut into some that do: 3 into 2 and 1, one after the other.
+
+    Args:
+      codes: shape (..., n), uint8.
+      width: bits for each, from 0 to 8. Static.
+
+    Returns:
+      Shape (..., the sum of ceil(n * part / 8) over the parts of width), uint8.
+    """
+    parts = []
+    for part in _lane_widths(width):
+        length = -(-codes.shape[-1] * part // 8)
+        lanes = 8 // part
+        padding = [(0, 0)] * (codes.ndim - 1) + [(0, lanes * length - codes.shape[-1])]
+        low = jnp.pad(codes & jnp.uint8((1 << part) - 1), padding)
+        pieces = [low[..., lane * length : (lane + 1) * length] for lane in range(lanes)]
+        shifted = [piece << jnp.uint8(lane * part) for lane, piece in enumerate(pieces)]
+        parts.append(functools.reduce(jnp.bitwise_or, shifted))
+        codes = codes >> jnp.uint8(part % 8)
+    return jnp.concatenate([codes[..., :0], *parts], axis=-1)
+
+
+def unpack_lanes(packed: jax.Array, width: int, size: int) -> jax.Array:
+    """The inverse of `pack_lanes`, for rows of `size` entries: shape (..., size), uint8."""
+    codes = jnp.zeros((*packed.shape[:-1], size), jnp.uint8)
+    done = 0
+    for part in _lane_widths(width):
+        length = -(-size * part // 8)
+        mask = jnp.uint8((1 << part) - 1)
+        lanes = [packed[..., :length] >> jnp.uint8(place) & mask for place in range(0, 8, part)]
+        codes = codes | jnp.concatenate(lanes, axis=-1)[..., :size] << jnp.uint8(done)
+        packed, done = packed[..., length:], done + part
+    return codes
+
+
+def _lane_widths(width):
+    return [part for part in (8, 4, 2, 1) if width & part]
 
 
 def pack_mask(mask: jax.Array) -> jax.Array:

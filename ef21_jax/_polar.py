@@ -57,13 +57,25 @@ def polar_express(steps: int) -> Coefficients:
 POLAR_EXPRESS: Coefficients = polar_express(6)
 
 
+def over_largest(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """`x` over its largest magnitude along `axes`, and that magnitude, with its axes kept.
+
+    Zero stays zero; any normal float keeps its value, 3e38 too.
+    """
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
+    # XLA divides by multiplying with the reciprocal, and 1 / 3e38 underflows: first to the middle.
+    middle = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
+    to_middle = jnp.where(largest > 1, 1 / middle, middle).astype(x.dtype)
+    over = jnp.where(largest > 0, largest * to_middle, jnp.ones_like(largest))
+    return (x * to_middle) / over, largest
+
+
 def unit_scale(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`x` over its Euclidean norm along `axes`; zero stays zero, 1e±30 keep their direction.
+    """`x` over its Euclidean norm along `axes`; zero stays zero, 1e±38 keep their direction.
 
     Dividing by the largest entry first keeps the squares from over- and underflowing.
     """
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
-    x = x / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    x, _ = over_largest(x, axes)
     norm = jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True))
     return x / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 

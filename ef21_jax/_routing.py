@@ -16,8 +16,9 @@ import optax
 
 from ._compressors import Compressor, Identity
 from ._dtypes import widen
+from ._matrix_norms import Spectral
 from ._messages import wire_bits
-from ._norms import RMS, Norm, Scaled, Sign, Spectral
+from ._norms import RMS, Norm, Scaled, Shaped, Sign
 from ._settings import Setting, path_name, per_leaf
 from ._tables import shape_name, table
 
@@ -42,6 +43,14 @@ def muon_scale(fan_in: int, fan_out: int) -> float:
     return math.sqrt(max(1.0, fan_out / fan_in))
 
 
+def moonlight_scale(fan_in: int, fan_out: int) -> float:
+    """0.2 √max(fan_in, fan_out): spectral steps with entries of RMS 0.2, as AdamW's have.
+
+    Of a full-rank step (Liu et al. 2025, Moonlight, arXiv:2502.16982).
+    """
+    return 0.2 * math.sqrt(max(fan_in, fan_out))
+
+
 def one_over_fan_in(fan_in: int, fan_out: int) -> float:
     """1 / fan_in: the head, of which every logit is a sum of fan_in terms (Scion's Sign)."""
     del fan_out
@@ -64,11 +73,16 @@ class Rule:
       path: a regular expression, searched (case ignored) in the leaf's path, `blocks/0/q/kernel`.
       ndims: the numbers of axes it claims.
       scale: radius = learning rate × scale × policy(fan_in, fan_out), in units of the norm.
-      policy: see `ScalePolicy`. Fans are the last two axes; a vector has (1, 1).
+      policy: see `ScalePolicy`. Fans are those of the matrices that `dims` and `splits` find, or
+        the last two axes; a vector has (1, 1).
       compress: whether such leaves are compressed. If not they are sent as they are.
+      dims: the axes of a leaf that is no plain matrix (..., fan_in, fan_out): a convolution, heads.
+        Each matrix in it is treated by itself. See `Shaped`, which also has a table of them.
+      splits: how many matrices lie side by side in the outputs: 3 for a fused (in, 3 · out).
 
     Raises:
-      ValueError: for a path that is no regular expression, or a scale that is not positive.
+      ValueError: for a path that is no regular expression, a scale that is not positive, or
+        `splits` below 1.
     """
 
     role: str
@@ -78,12 +92,16 @@ class Rule:
     scale: float = 1.0
     policy: ScalePolicy = constant
     compress: bool = True
+    dims: optax.contrib.MuonDimensionNumbers | None = None
+    splits: int = 1
 
     def __post_init__(self):
         if not isinstance(self.norm, Norm):
             raise ValueError(f"Rule {self.role!r}: expected a norm, got {self.norm!r}.")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"Rule {self.role!r}: `scale` must be positive, got {self.scale}.")
+        if self.splits < 1:
+            raise ValueError(f"Rule {self.role!r}: `splits` must be at least 1, got {self.splits}.")
         try:
             re.compile(self.path)
         except re.error as error:
@@ -97,9 +115,17 @@ class Rule:
 
     def norm_for(self, shape: tuple[int, ...]) -> Norm:
         """The norm whose unit ball is the step at learning rate one."""
+        norm = self.norm
+        if self.dims is not None or self.splits > 1:
+            dims = optax.contrib.MuonDimensionNumbers(-2, -1) if self.dims is None else self.dims
+            norm = Shaped(norm, *dims, splits=self.splits)
+            try:
+                shape = norm.matrix_shape(shape)
+            except ValueError as error:
+                raise ValueError(f"Rule {self.role!r}: {error}") from error
         fan_in, fan_out = shape[-2:] if len(shape) >= 2 else (1, 1)
         scale = self.scale * self.policy(max(1, fan_in), max(1, fan_out))
-        return self.norm if scale == 1 else Scaled(self.norm, scale)
+        return norm if scale == 1 else Scaled(norm, scale)
 
 
 _EMBEDDING = r"(^|/)(\w*embed\w*|wte|wpe)(/|$)"
@@ -114,7 +140,8 @@ SCION_RULES: tuple[Rule, ...] = (
 )
 """Paper M, Table 4, with the shape factors of the Scion code: Spectral 50 for hidden kernels, Sign
 3000 for embeddings and heads. For names as Flax (Linen, NNX) and plain dicts use them. Matrices
-only: stacks, attention tensors and convolutions have more axes, and want a rule of their own."""
+only: stacks, attention tensors and convolutions have more axes, and want a rule of their own, with
+`ndims` and `dims`."""
 
 MUON_RULES: tuple[Rule, ...] = (
     Rule("adam", RMS(), ndims=(0, 1), compress=False),
@@ -191,7 +218,7 @@ class Routes(tuple[Route, ...]):
     def __str__(self):
         head = ("path", "shape", "role", "norm", "uplink", "downlink", "bytes up", "bytes down")
         body = [
-            (r.path, shape_name(r.shape), r.role, _short(r.norm), repr(r.uplink),
+            (r.path, shape_name(r.shape), r.role, _short(r.norm, r.shape), repr(r.uplink),
              repr(r.downlink), f"{r.bytes_up:,}", f"{r.bytes_down:,}")
             for r in self
         ]  # fmt: skip
@@ -243,7 +270,10 @@ def _bytes(compressor, leaf):
     return wire_bits(message) // 8
 
 
-def _short(norm):
+def _short(norm, shape):
     if isinstance(norm, Scaled):
-        return f"{norm.scale:.4g} × {norm.base!r}"
+        return f"{norm.scale:.4g} × {_short(norm.base, shape)}"
+    if isinstance(norm, Shaped):
+        *batch, fan_in, fan_out = norm.matrix_shape(shape)
+        return f"{norm.base!r} on {''.join(f'{b}×' for b in batch)}({fan_in}×{fan_out})"
     return repr(norm)

@@ -29,7 +29,9 @@ def per_leaf(setting: Setting, tree: Any, kind: type) -> list:
     Raises:
       ValueError: where `setting` is no prefix of `tree`, or holds something else than `kind`.
     """
-    if callable(setting) and not isinstance(setting, kind):
+    if not jax.tree.leaves(tree):
+        return []  # `optax.tree.map_params` looks at what `init` makes of such a tree
+    if callable(setting) and not isinstance(setting, kind | type):
         setting = setting(tree)
     values = jax.tree.leaves(jax.tree.broadcast(setting, tree))
     for (path, _), value in zip(jax.tree.leaves_with_path(tree), values, strict=True):

@@ -1,4 +1,17 @@
-"""Tables in plain text."""
+"""How settings and tables look in plain text."""
+
+import dataclasses
+from typing import Any
+
+
+def brief(value: Any) -> str:
+    """The repr of a dataclass, without what is as by default: `TopK(0.1, exact=True)`."""
+    shown = [
+        repr(held) if field.default is dataclasses.MISSING else f"{field.name}={held!r}"
+        for field in dataclasses.fields(value)
+        if (held := getattr(value, field.name)) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 def shape_name(shape: tuple[int, ...]) -> str:

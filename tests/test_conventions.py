@@ -3,6 +3,8 @@
 import functools
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import ef21_jax as ef21
@@ -42,3 +44,25 @@ def test_a_set_of_positions_holds_the_logarithm_of_the_number_of_such_sets():
     log2_binomial = ef21.ledger.log2_binomial
     assert log2_binomial(10, 3) == pytest.approx(math.log2(120))
     assert log2_binomial(7, 0) == log2_binomial(7, 7) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "paper", "information"),
+    [
+        # Sent three times in ten; to say whether takes 0.88 bits.
+        (ef21.Dropout(0.3), 0.3 * 1200 * 32, 0.3 * 1200 * 32 + 1),
+        (ef21.RandomSubspace(0.1), 3 * 40 * 32, 3 * 40 * 32 + 64),
+        # One of 30 entries, or none, with a sign, for each of 40 columns: log₂ 61.
+        (ef21.MaxRowSumSharp(), 32 + 40 * 27, 32 + 238),
+        (ef21.ColumnTopK(0.1, axis=-2), 4 * (30 * 32 + 26), 4 * 30 * 32 + 17),
+        (ef21.L1Sharp(), 32 + 26, 32 + 11),
+        (ef21.TopK(0.02), 24 * (32 + 26), 24 * 32 + 167),
+    ],
+    ids=repr,
+)
+def test_bits_are_those_counted_by_hand(compressor, paper, information):
+    message = jax.eval_shape(
+        compressor.compress, jax.ShapeDtypeStruct((30, 40), jnp.float32), jax.random.key(0)
+    )
+    assert ef21.ledger.PaperConvention()(message) == paper
+    assert ef21.ledger.information_bits(message) == information
