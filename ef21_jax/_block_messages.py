@@ -49,11 +49,13 @@ class BlockSparse(Message):
           block: of `Skewed`.
         """
         skewed = Skewed(x.size, block)
+        count = min(count, skewed.depth)
         bits = _packing.to_bits(x.ravel())
         if count == 1 and skewed.depth <= _FEW:
             kept, rows = _largest_of_each(skewed, bits)
         else:
-            kept, rows = _largest_few_of_each(skewed, bits, min(count, skewed.depth))
+            kept, rows = _largest_few_of_each(skewed, bits, count)
+            kept = kept[0] if count == 1 else kept
         packed = _packing.pack_lanes(rows.astype(jnp.uint8).ravel(), _width(skewed))
         return BlockSparse(Floats(kept, x.dtype), packed, block, x.shape, x.dtype)
 
@@ -139,7 +141,7 @@ class Code(abc.ABC):
 
         Args:
           x: shape (runs, length), floating.
-          filled: shape (runs, 1), how many entries of the run are no padding.
+          filled: shape (runs, 1), int32, how many entries of the run are no padding.
           noise: uint32, of the shape of `x`, uniform. None rounds to the nearest.
 
         Returns:
@@ -169,7 +171,7 @@ class BlockCodes(Message):
         """`x`, of at least one entry, in `code`. `noise`: of the shape of `x`."""
         runs = Runs(x.size, block)
         noise = None if noise is None else runs.split(noise.ravel())
-        codes, scales = code.encode(runs.split(x.ravel()), jnp.asarray(runs.filled), noise)
+        codes, scales = code.encode(runs.split(x.ravel()), runs.filled, noise)
         packed = _packing.pack_lanes(codes, code.width)
         return BlockCodes(packed, scales, code, block, x.shape, x.dtype)
 

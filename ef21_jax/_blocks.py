@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -99,11 +98,11 @@ class Runs:
         return lax.slice_in_dim(split.reshape(-1), 0, self.size)
 
     @property
-    def filled(self) -> np.ndarray:
-        """How many entries of each run are no padding: shape (count, 1), float32."""
-        filled = np.full((self.count, 1), self.length, np.float32)
-        filled[-1] -= self.count * self.length - self.size
-        return filled
+    def filled(self) -> jax.Array:
+        """How many entries of each run are no padding: shape (count, 1), int32."""
+        run = jnp.arange(self.count, dtype=jnp.int32)[:, None]
+        of_last = self.size - (self.count - 1) * self.length
+        return jnp.where(run == self.count - 1, of_last, self.length).astype(jnp.int32)
 
 
 def fold(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -109,7 +109,16 @@ def _iterate(y, coefficients, wide):
     return y
 
 
+_GRAM_STEPS = 6  # in float32; the Gram matrix of more of them drifts from that of the iterate
+
+
 def _iterate_gram(y, coefficients, wide):
+    if len(coefficients) > _GRAM_STEPS:
+        # Begin again from the iterate half way: what rounding has added to the Gram matrix would
+        # push singular values past one (1.8 was seen after eight steps without).
+        half = len(coefficients) // 2
+        y = _iterate_gram(y, coefficients[:half], wide)
+        return _iterate_gram(y, coefficients[half:], wide)
     # Every factor is a polynomial of the first Gram matrix, so they commute and are symmetric:
     # Q ← (a + Z) Q and R ← (a + Z) R (a + Z) with Z = bR + cR².
     gram = _gram(y, wide)

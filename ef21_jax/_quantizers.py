@@ -29,9 +29,9 @@ class BlockTopK(Compressor):
     Of equals the lower position is kept; where count > 1, entries are equals that differ by less
     than one part in 2^16.
 
-    Small groups, of an array that is no multiple of the block, may be smaller: α is count over the
-    largest. In ℓp of the entries of one matrix, α = 1 − (1 − count / block)^(2/p). Where the dense
-    array would weigh no more, that is sent.
+    A small array has groups that are smaller, and α is count over the largest. In ℓp of the entries
+    of one matrix, α = 1 − (1 − count / block)^(2/p). Where the dense array would weigh no more,
+    that is sent.
 
     Raises:
       ValueError: unless 1 <= count < block <= 256; or for a leaf of 2**31 groups or more.
@@ -62,7 +62,7 @@ class BlockTopK(Compressor):
             return then.contraction(shape, norm)
         skewed = Skewed(math.prod(shape), self.block)
         count = min(self.count, skewed.depth)
-        values = (skewed.groups,) if self.count == 1 else (count, skewed.groups)
+        values = (skewed.groups,) if count == 1 else (count, skewed.groups)
         return contraction_of_values(self._share(shape, norm), then, values, shape, norm)
 
     def _share(self, shape, norm):
@@ -148,8 +148,8 @@ class Quantize(_Coded):
     """Rounds to integers of `bits` bits times a scale: the largest of the block over the most.
 
     At random and without bias, with E‖C(x) − x‖² <= `omega` ‖x‖²; or to the `nearest`. α = 1 − ω
-    where ω < 1. In blocks of 256: ω is 0.0043, 0.79 and 8 for 8, 4 and 2 bits (the last does not
-    contract; damp it by 1 / (1 + ω)); to the nearest α is 0.995, 0.41 and 0.011.
+    where ω < 1. In blocks of 256: ω is 0.0043, 0.77 and 7.7 for 8, 4 and 2 bits (the last does not
+    contract by itself); to the nearest α is 0.995, 0.42 and 0.007.
 
     A scale takes 16 bits, rounded up, so that no entry exceeds the range. Entries within one part
     in 128 of the largest float may be clipped, and those within 2^bits of the smallest normal one
@@ -230,10 +230,10 @@ class ScaledSign(_Coded):
         return Signs()
 
     def _alpha(self, length):
-        # Let S <= ‖x‖₁ be d times what is sent for the mean. Of d ‖x‖² is kept 2 ‖x‖₁ S − S², which
-        # is ‖x‖₁² − (‖x‖₁ − S)². S lacks one part in 2^7, for the 16 bits, and L for the sum of
-        # integers, in which each entry but the largest, M, lacks a part of itself of up to M / d,
-        # so that L² <= M L <= (‖x‖₁² − ‖x‖₂²) / 2. So ‖x‖₂² (1 − 2 · 2^−14) is kept of d ‖x‖².
+        # Let S be d times what is sent for the mean. Of d ‖x‖₂² there is kept 2 ‖x‖₁ S − S², which
+        # is ‖x‖₁² − (‖x‖₁ − S)². S is off by one part in 2^7 at most, for the 16 bits, and by L for
+        # the sum of integers, in which each entry but the largest, M, is off by no more than
+        # itself and M / d: so L² <= M L <= (‖x‖₁² − ‖x‖₂²) / 2. At least (1 − 2^−13) ‖x‖₂² is kept.
         return (1 - 2**-13) / length
 
 
