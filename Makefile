@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-nanogpt: $(READY)  ## the main job: train a small GPT, compressed and not (about five minutes)
+nanogpt: $(READY)  ## the main job: train a small GPT, compressed and not (about four minutes)
 	$(VENV)/bin/python -m experiments.nanogpt $(ARGS)
 
 test: $(READY)  ## all tests of the default run
