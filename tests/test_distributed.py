@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import registry
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import ef21_jax as ef21
@@ -175,6 +176,26 @@ def test_the_compiled_program_sends_the_bytes_of_the_ledger_and_nothing_else(upl
     assert all(dtype.startswith("u") for _, arrays in found for dtype, _ in arrays)
     gathered = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
     assert gathered == NUM_WORKERS * ef21.ledger.bytes_per_step(tx, PARAMS).up
+
+
+def test_every_compressors_message_travels_as_the_ledger_says(optimized):
+    # One leaf, and one compressor, of each kind: a single program holds them all.
+    kinds = {repr(compressor): compressor for compressor in registry.COMPRESSORS}
+    params = {name: jax.random.normal(KEYS[0], registry.SHAPE) for name in kinds}
+    tx, mesh = ef21.ef21_sgd(1.0, uplink=kinds, axis_name="workers"), mesh_of(NUM_WORKERS)
+
+    def step(params, state, batch):
+        grads = jax.tree.map(lambda p: p * batch, params)
+        updates, state = tx.update(grads, state, params)
+        return updates, state, batch
+
+    state = ef21.replicate(tx.init(params), NUM_WORKERS, mesh=mesh)
+    step = jax.jit(ef21.spmd(step, mesh=mesh))
+    found = collectives(step.lower(params, state, jnp.ones(NUM_WORKERS)).compile())
+    assert {kind for kind, _ in found} == {"all-gather"}
+    assert all(dtype.startswith("u") for _, arrays in found for dtype, _ in arrays)
+    gathered = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
+    assert gathered == NUM_WORKERS * ef21.ledger.bytes_per_step(tx, params).up
 
 
 def test_without_compression_an_all_reduce_carries_the_gradient(optimized):
