@@ -37,7 +37,7 @@ DOWNLINKS = {"identity": ef21.Identity(), "natural": ef21.Natural()}
 
 # Chosen by experiments/sweep.py, the numbers are in experiments/results/nanogpt_sweep.json. The
 # paper too lowers the learning rate the more, the harder the compression.
-LR_MULTIPLIERS = {"uncompressed": 0.4, "rank15_natural": 0.4, "top15_natural": 0.6}
+LR_MULTIPLIERS = {"uncompressed": 0.4, "rank15_natural": 0.6, "top15_natural": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
