@@ -36,7 +36,7 @@ UPLINKS = {
 DOWNLINKS = {"identity": ef21.Identity(), "natural": ef21.Natural()}
 
 # Chosen by experiments/sweep.py, the numbers are in experiments/results/nanogpt_sweep.json. The
-# paper too lowers the learning rate the more, the harder the compression.
+# paper lowers the rate the more, the harder the compression; at this size that does not show.
 LR_MULTIPLIERS = {"uncompressed": 0.4, "rank15_natural": 0.6, "top15_natural": 0.6}
 
 
