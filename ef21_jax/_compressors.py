@@ -38,11 +38,13 @@ class Compressor(abc.ABC):
       entrywise: it treats each entry by itself, with errors independent of each other, and its α
         holds for each of them.
       leaves_floats: the message holds floats that a compressor after this one (`>>`) can take on.
+      shared: all workers draw alike, so that the network can add up their messages.
     """
 
     unbiased: bool = False
     entrywise: bool = False
     leaves_floats: bool = True
+    shared: bool = False
 
     @abc.abstractmethod
     def compress(self, x: jax.Array, key: jax.Array) -> Message:
@@ -50,7 +52,8 @@ class Compressor(abc.ABC):
 
         Args:
           x: any shape, floating.
-          key: a typed PRNG key. Deterministic compressors ignore it.
+          key: a typed PRNG key. Deterministic compressors ignore it. For a `shared` compressor it
+            must be the same at all workers.
         """
 
     @abc.abstractmethod
@@ -224,6 +227,15 @@ class Chain(Compressor):
                 f"{self.first!r} leaves no floats for {self.then!r} to compress: swap them, or "
                 "leave one out."
             )
+        if self.first.shared != self.then.shared:
+            raise ValueError(
+                f"{self.first!r} >> {self.then!r}: only where both are shared do such messages "
+                "add up. Leave out `shared`."
+            )
+
+    @property
+    def shared(self):  # type: ignore
+        return self.first.shared
 
     @property
     def unbiased(self):  # type: ignore

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from ._block_messages import BlockCodes, BlockSparse
 from ._messages import (
     LowRank,
     PowersOfTwo,
@@ -27,7 +28,7 @@ from ._positions import Strata, log2_binomial as log2_binomial
 
 @dataclasses.dataclass(frozen=True)
 class PaperConvention:
-    """Bits as paper M counts them.
+    """Bits as paper M counts them. What the paper does not have weighs what it does on the wire.
 
     Attributes:
       index_bits: of one position. The paper takes ⌈log₂⌉ of its largest layer, 50,304 × 768, for
@@ -67,8 +68,8 @@ class PaperConvention:
 def information_bits(messages: Any) -> int:
     """Bits, rounded up a leaf, that the best code for such messages would need.
 
-    Floats are taken as incompressible, and so are the eight bits of a power of two; what is saved
-    is the positions' order.
+    Floats are taken as incompressible, and so are the eight bits of a power of two. What is saved
+    is the positions' order, and the codes of fewer bits that are never used.
     """
     return sum(_information(node) for node in _nodes(messages))
 
@@ -83,6 +84,10 @@ def _information(node):
             return _information(coefficients) + math.ceil(frequencies.information)
         case SignedOnes(magnitude):
             return _information(magnitude) + math.ceil(node.information)
+        case BlockSparse(values):
+            return _information(values) + math.ceil(node.information)
+        case BlockCodes():
+            return math.ceil(node.information)
         case Transposed(inner):
             return _information(inner)
         case Sometimes(inner, probability):

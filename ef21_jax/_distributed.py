@@ -21,7 +21,7 @@ from . import _axes
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._grouping import map_grouped
-from ._messages import expand, is_message
+from ._messages import dense, expand, is_message
 
 
 class DistributedState(NamedTuple):
@@ -65,10 +65,10 @@ def distribute(
     """Runs `worker` on each worker's gradient and `server` on the mean of the messages.
 
     One round: every worker's gradient, taken at `params`, goes through `worker`, which gives a
-    tree of messages (or of arrays). Messages are all-gathered and averaged; plain arrays are
-    averaged by an all-reduce. `server`, any optax transform, turns the mean into a step, and is
-    given the server's own model as `params`. The step goes through `downlink`, and what that
-    sends is the update.
+    tree of messages (or of arrays). Messages are all-gathered and averaged; arrays, and messages
+    that can be summed, are averaged by an all-reduce. `server`, any optax transform, turns the
+    mean into a step, and is given the server's own model as `params`. The step goes through
+    `downlink`, and what that sends is the update.
 
     Topology: gather. Every worker has all messages and repeats the server's step, with the same
     result. So the uplink really travels, and the downlink is counted but need not be.
@@ -83,7 +83,8 @@ def distribute(
     condition that differs between workers hang. Put those inside, or accumulate in the loss.
 
     Args:
-      worker: local gradient -> messages; `update` is given `key`, another one for each worker.
+      worker: local gradient -> messages; `update` is given `key`, another one for each worker, and
+        `shared_key`, the same for all.
       server: mean -> step; given `key`, the same for all.
       downlink: step -> messages, `ef21_p(...)`, or None to send the step as it is.
       axis_name: the axis, or tuple of axes outermost first, over which the step is mapped. None
@@ -107,15 +108,14 @@ def distribute(
             rejected=jnp.zeros([], jnp.int32),
         )
 
-    def send(updates, state, params, key, **extra_args):
+    def send(updates, state, params, keys, **extra_args):
         updates = widen(updates)
         messages, proposed = worker.update(
-            updates, state.worker, widen(params), key=key, **extra_args
+            updates, state.worker, widen(params), **keys, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
         finite = _all_finite((updates, expand(messages), proposed), _axes.worker_count(axis_name))
-        # All-zero leaves stand for zero, whatever the kind of message.
-        messages = _select(finite, messages, optax.tree.zeros_like(messages))
+        messages = jax.tree.map(lambda m: _silenced(finite, m), messages, is_leaf=is_message)
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
         return messages, _select(finite, proposed, state.worker), rejected
 
@@ -128,7 +128,7 @@ def distribute(
         _axes.check_bound(axis_name)
         _axes.check_local(updates, axis_name)
         up, at_server, down = _keys(seed, state.count)
-        up = jax.random.fold_in(up, _axes.worker_index(axis_name))
+        up = _worker_keys(up, _axes.worker_index(axis_name))
 
         messages, worker_state, rejected = send(updates, state, params, up, **extra_args)
         mean = _mean(messages, axis_name)
@@ -146,7 +146,8 @@ def distribute(
             state = init(params)
             up, _, down = _keys(seed, state.count)
             # A gradient looks like the parameters, and so does a step.
-            sent = worker.update(widen(params), state.worker, widen(params), key=up)[0]
+            keys = _worker_keys(up, 0)
+            sent = worker.update(widen(params), state.worker, widen(params), **keys)[0]
             return sent, broadcast(widen(params), state, params, down)[0]
 
         return jax.eval_shape(one_round, params)
@@ -160,26 +161,46 @@ def _keys(seed, count):
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), count), 3)
 
 
+def _worker_keys(key, index):
+    # No worker has the number of the key that all of them share.
+    return {
+        "key": jax.random.fold_in(key, index),
+        "shared_key": jax.random.fold_in(key, jnp.iinfo(jnp.uint32).max),
+    }
+
+
+def _silenced(finite, message):
+    """`message` where `finite`, else one that stands for zero."""
+    if is_message(message) and message.summable:
+        # What is not the addend is no worker's own: it is needed to decode the others' sum.
+        addend = message.addend()
+        return message.with_addend(jnp.where(finite, addend, jnp.zeros_like(addend)))
+    # All-zero leaves stand for zero, whatever the kind of message.
+    return _select(finite, message, optax.tree.zeros_like(message))
+
+
 def _mean(messages, axis_name):
     """The mean of every worker's messages, as dense arrays."""
-
-    if not _axes.names(axis_name):
+    names = _axes.names(axis_name)
+    if not names:
         return expand(messages)
 
-    def mean(_, gathered):
-        if not is_message(gathered):
-            return gathered
-        total = gathered.total()
+    def travel(node):
+        if not is_message(node):
+            return lax.pmean(node, names)
+        if node.summable:
+            return node.with_addend(lax.pmean(node.addend(), names))
+        return jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node)
+
+    def mean(gathered, node):
+        if not gathered:
+            return dense(node)
+        total = node.total()
         return total / jnp.asarray(_axes.worker_count(axis_name), total.dtype)
 
     nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
-    gathered = [
-        jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node)
-        if is_message(node)
-        else lax.pmean(node, _axes.names(axis_name))
-        for node in nodes
-    ]
-    return treedef.unflatten(map_grouped(mean, [None] * len(nodes), gathered))
+    gathered = [is_message(node) and not node.summable for node in nodes]
+    return treedef.unflatten(map_grouped(mean, gathered, [travel(node) for node in nodes]))
 
 
 def _all_finite(tree, num_workers):

@@ -26,7 +26,8 @@ class ErrorFeedback(NamedTuple):
     """Both ends of a compressed uplink.
 
     Attributes:
-      worker: turns a local gradient into a tree of messages. Its `update` needs `key`.
+      worker: turns a local gradient into a tree of messages. Its `update` needs `key`, and takes
+        `shared_key`; see `compress`.
       server: turns the mean of the expanded messages into an estimate of the gradient.
     """
 
@@ -34,19 +35,29 @@ class ErrorFeedback(NamedTuple):
     server: optax.GradientTransformationExtraArgs
 
 
-def compress(compressors: Setting, tree: Any, key: jax.Array) -> Any:
+def compress(
+    compressors: Setting, tree: Any, key: jax.Array, shared_key: jax.Array | None = None
+) -> Any:
     """The tree of messages for the leaves of `tree`, each with a key of its own.
 
     Args:
       compressors: a compressor, a prefix tree of them, or a function from `tree` to one of these.
       tree: floating arrays.
       key: a typed PRNG key. Leaf number i is given `fold_in(key, i)`.
+      shared_key: likewise, for `shared` compressors: the same at all workers. None, for a single
+        worker: `key`.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
     # All keys in one call: drawing them one by one would be most of a large program.
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
-    keyed = [(leaf, keys[i]) for i, leaf in enumerate(leaves)]
+    own, shared = (
+        jax.vmap(jax.random.fold_in, in_axes=(None, 0))(k, jnp.arange(len(leaves)))
+        for k in (key, key if shared_key is None else shared_key)
+    )
+    keyed = [
+        (leaf, (shared if compressor.shared else own)[i])
+        for i, (leaf, compressor) in enumerate(zip(leaves, chosen, strict=True))
+    ]
     return treedef.unflatten(map_grouped(lambda c, item: c.compress(*item), chosen, keyed))
 
 
@@ -67,9 +78,9 @@ def ef21(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)  # an error as early as can be
         return EF21State(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, **extra_args):
+    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
         del params, extra_args
-        messages = compress(compressors, optax.tree.sub(updates, state.estimate), key)
+        messages = compress(compressors, optax.tree.sub(updates, state.estimate), key, shared_key)
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def receive(updates, state, params=None, **extra_args):
@@ -96,10 +107,10 @@ def ef14(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return ResidualState(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, **extra_args):
+    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
         del params, extra_args
         target = optax.tree.add(state.residual, updates)
-        messages = compress(compressors, target, key)
+        messages = compress(compressors, target, key, shared_key)
         return messages, ResidualState(optax.tree.sub(target, expand(messages)))
 
     server = optax.with_extra_args_support(optax.identity())
@@ -113,9 +124,9 @@ def no_feedback(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return optax.EmptyState()
 
-    def send(updates, state, params=None, *, key, **extra_args):
+    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
         del params, extra_args
-        return compress(compressors, updates, key), state
+        return compress(compressors, updates, key, shared_key), state
 
     server = optax.with_extra_args_support(optax.identity())
     worker = optax.GradientTransformationExtraArgs(init, send)

@@ -32,9 +32,10 @@ def map_grouped(
         groups.setdefault((setting, treedef, kind), []).append(i)
 
     results: list[Any] = [None] * len(items)
-    for (setting, *_), members in groups.items():
-        if len(members) == 1:
-            results[members[0]] = function(setting, items[members[0]])
+    for (setting, _, kind), members in groups.items():
+        if len(members) == 1 or not kind:  # a vmap needs an array to map over
+            for i in members:
+                results[i] = function(setting, items[i])
             continue
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(items[i] for i in members))
         batched = jax.vmap(lambda item, setting=setting: function(setting, item))(stacked)

@@ -142,8 +142,9 @@ class RandomSubspace(Compressor):
 
     With equality, in expectation; 1 − (1 − r / min(m, n))^(p/2) in the Schatten-p norm, p <= 2.
     Both ends draw the directions (`Subspace`) from the seed that the message carries, so that only
-    coefficients are sent, r for each entry of the longer side; and messages of one key can be
-    summed on their way.
+    coefficients are sent, r for each entry of the longer side. `shared`: all workers take the same
+    directions, from a seed that need not travel, and the network adds up their messages: an
+    all-reduce of the coefficients.
 
     Leading axes are batched; all matrices of a leaf share the directions. Arrays of fewer than two
     axes, and where the dense array would weigh no more, are sent as they are.
@@ -153,6 +154,7 @@ class RandomSubspace(Compressor):
     """
 
     fraction: float
+    shared: bool = False
 
     def __post_init__(self):
         check_fraction(self, self.fraction)
@@ -162,8 +164,9 @@ class RandomSubspace(Compressor):
             return Floats.of(x)
         short, long = sorted(x.shape[-2:])
         rank = kept(self.fraction, short)
-        directions = Strata.of(key, short, rank)
-        weight = math.prod(x.shape[:-2]) * rank * long * x.dtype.itemsize + directions.seed.nbytes
+        directions = Strata.of(key, short, rank, shared=self.shared)
+        weight = math.prod(x.shape[:-2]) * rank * long * x.dtype.itemsize
+        weight += 0 if self.shared else directions.seed.nbytes
         if weight >= x.size * x.dtype.itemsize:
             return Floats.of(x)
         if short >= 46341:  # whose square is the first past 2**31

@@ -10,12 +10,11 @@ that is how a refused message is silenced on both ends. And `total` adds up n st
 without holding n dense arrays.
 
 Some messages can be added on their way, by the network itself: those whose floats are a linear
-function of the array, and the same function at all workers. It is the same where what it depends
-on, the key of the compressor, is. Then
+function of the array, and the same function at all workers. Then
 
     mean = message.with_addend(lax.pmean(message.addend(), axis_name)).dense()
 
-is the mean of the arrays, at the cost of an all-reduce of the floats alone: the seed is known.
+is the mean of the arrays, at the cost of an all-reduce of the floats alone.
 """
 
 import abc
@@ -42,7 +41,7 @@ class Message(abc.ABC):
 
     @property
     def summable(self) -> bool:
-        """Whether messages made with one key, of whatever arrays, add as their `addend`s do."""
+        """Whether the messages of all workers add as their `addend`s do."""
         return False
 
     def addend(self) -> jax.Array:
@@ -94,9 +93,17 @@ def expand(messages: Any) -> Any:
 def wire_bits(message: Any) -> int:
     """What a message, or a whole tree of them, takes on the wire: an exact Python integer.
 
-    It depends on shapes and dtypes alone, so the output of `jax.eval_shape` will do.
+    It depends on shapes and dtypes alone, so the output of `jax.eval_shape` will do. Of messages
+    that the network adds up only the floats travel: what else is in them every worker has.
     """
-    return sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in jax.tree.leaves(message))
+    nodes = jax.tree.leaves(message, is_leaf=is_message)
+    travelling = [
+        jax.eval_shape(lambda node=node: node.addend())
+        if is_message(node) and node.summable
+        else node
+        for node in nodes
+    ]
+    return sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in jax.tree.leaves(travelling))
 
 
 def _static():
@@ -251,7 +258,7 @@ class Sparse(Message):
 
     @property
     def summable(self):
-        return isinstance(self.where, Strata) and self.values.summable
+        return isinstance(self.where, Strata) and self.where.shared and self.values.summable
 
     def _addend(self):
         return self.values.addend()
@@ -354,7 +361,7 @@ class Subspace(Message):
 
     @property
     def summable(self):
-        return self.coefficients.summable
+        return self.frequencies.shared and self.coefficients.summable
 
     def _addend(self):
         return self.coefficients.addend()

@@ -29,6 +29,11 @@ def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(bits, dtype)
 
 
+def magnitude_mask(dtype: jnp.dtype) -> jax.Array:
+    """All bits of a word but the sign: of `to_bits`, which then order as the magnitudes do."""
+    return jnp.asarray((1 << (dtype.itemsize * 8 - 1)) - 1, dtype)
+
+
 def pack(integers: jax.Array, width: int) -> jax.Array:
     """Packs nonnegative integers below 2**width into ceil(size * width / 8) bytes.
 
@@ -153,9 +158,9 @@ def powers_of_two(x: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax
     float32 (float64 if that is the input), becomes zero. An entry that would round up past the
     largest finite power of two of its dtype becomes that power.
     """
-    layout = _layout(x.dtype)
+    layout = layout_of(x.dtype)
     word = to_bits(x.astype(layout.float))
-    magnitude = word & layout.word((1 << layout.sign) - 1)
+    magnitude = word & magnitude_mask(word.dtype)
     # Adding to the mantissa carries into the exponent with just the wanted probability. Halfway
     # (1.5 * 2**e, the middle of two powers) is also where the worst relative error is least: 1/3.
     if noise is None:
@@ -174,7 +179,7 @@ def powers_of_two(x: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax
 
 def from_powers_of_two(codes: jax.Array, top: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The array of `dtype` that `codes` and `top` of `powers_of_two` stand for."""
-    layout = _layout(dtype)
+    layout = layout_of(dtype)
     level = (codes & jnp.uint8(127)).astype(jnp.int32)
     exponent = jnp.where(level > 0, level + top.astype(jnp.int32) - _LEVELS, 0)
     sign = (codes >> 7).astype(layout.word) << layout.sign
@@ -182,7 +187,7 @@ def from_powers_of_two(codes: jax.Array, top: jax.Array, dtype: jnp.dtype) -> ja
     return from_bits(word, layout.float).astype(dtype)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where a float keeps its parts: sign bit, exponent, mantissa, from the top down."""
 
     float: jnp.dtype  # the dtype that is taken apart
@@ -192,9 +197,10 @@ class _Layout(NamedTuple):
     largest: int  # exponent of the largest finite power of two of the *original* dtype
 
 
-def _layout(dtype):
+def layout_of(dtype: jnp.dtype) -> Layout:
+    """How `dtype`, or the float32 that holds a narrower one, is laid out."""
     bias_of_original = jnp.finfo(dtype).maxexp - 1
     if jnp.dtype(dtype).itemsize == 8:
-        return _Layout(jnp.dtype(jnp.float64), jnp.uint64, 52, 63, 1023 + bias_of_original)
+        return Layout(jnp.dtype(jnp.float64), jnp.uint64, 52, 63, 1023 + bias_of_original)
     # Every narrower float is exact in float32.
-    return _Layout(jnp.dtype(jnp.float32), jnp.uint32, 23, 31, 127 + bias_of_original)
+    return Layout(jnp.dtype(jnp.float32), jnp.uint32, 23, 31, 127 + bias_of_original)

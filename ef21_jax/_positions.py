@@ -192,11 +192,12 @@ class Strata(Positions):
     impl: str = _static()
     size: int = _static()
     count: int = _static()
+    shared: bool = _static()  # whether all workers draw them from the same seed
 
     @staticmethod
-    def of(key: jax.Array, size: int, count: int) -> "Strata":
+    def of(key: jax.Array, size: int, count: int, *, shared: bool) -> "Strata":
         """The positions that `key` draws."""
-        return Strata(jax.random.key_data(key), str(jax.random.key_impl(key)), size, count)
+        return Strata(jax.random.key_data(key), str(jax.random.key_impl(key)), size, count, shared)
 
     @property
     def information(self):

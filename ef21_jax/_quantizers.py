@@ -10,8 +10,9 @@ are subnormal become zero. In float16, what is decoded is rounded to its spacing
 import dataclasses
 import math
 
-from ._block_messages import BlockCodes, BlockSparse, Integers, Powers, Signs, TwoLevels
+from ._block_messages import BlockCodes, BlockSparse
 from ._blocks import Runs, Skewed
+from ._codes import Integers, Powers, Signs, TwoLevels
 from ._compressors import Compressor, check_indexable, contraction_of_values
 from ._geometry import entry_exponent, from_euclidean, is_stack, squared
 from ._messages import Floats, wire_bits

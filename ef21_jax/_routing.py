@@ -177,13 +177,21 @@ def norms_by(rules: tuple[Rule, ...]) -> Callable[[Any], Any]:
     """A setting: the tree of norms that `rules` give a tree."""
 
     def norms(tree):
+        leaves = jax.tree.leaves_with_path(tree)
         found = [
-            rule.norm_for(leaf.shape)
-            for rule, leaf in zip(claim(rules, tree), jax.tree.leaves(tree), strict=True)
+            _norm_for(rule, path, leaf)
+            for rule, (path, leaf) in zip(claim(rules, tree), leaves, strict=True)
         ]
         return jax.tree.structure(tree).unflatten(found)
 
     return norms
+
+
+def _norm_for(rule, path, leaf):
+    try:
+        return rule.norm_for(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{path_name(path)}: {error}") from error
 
 
 def compressors_by(rules: tuple[Rule, ...], compressor: Setting) -> Setting:
@@ -248,7 +256,7 @@ def routes(
             path=path_name(path),
             shape=tuple(leaf.shape),
             role=rule.role,
-            norm=rule.norm_for(leaf.shape),
+            norm=_norm_for(rule, path, leaf),
             uplink=up,
             downlink=down,
             bytes_up=_bytes(up, leaf),

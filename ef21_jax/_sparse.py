@@ -72,8 +72,9 @@ class RandK(Compressor):
 
     Every entry is kept with probability k / size. The positions are one in each of k strata
     (see `Strata`), not a uniform k-subset, and cost nothing: both ends draw them from the seed
-    that the message carries, and messages of one key can be summed on their way. Not scaled by
-    size / k, hence biased and contractive, as in paper M.
+    that the message carries. Not scaled by size / k, hence biased and contractive, as in paper M.
+    `shared`: all workers keep the same entries, from a seed that need not travel, and the network
+    adds up their messages: an all-reduce of k values.
 
     In an ℓ_{p,q} norm, p, q < ∞, α = 1 − (1 − k / size)^e with e = min(1, q/p) min(1, 2/q).
 
@@ -82,6 +83,7 @@ class RandK(Compressor):
     """
 
     fraction: float
+    shared: bool = False
 
     def __post_init__(self):
         check_fraction(self, self.fraction)
@@ -90,7 +92,7 @@ class RandK(Compressor):
         check_indexable(self, x.shape, x.size)
         if x.size == 0:
             return Floats.of(x)
-        where = Strata.of(key, x.size, kept(self.fraction, x.size))
+        where = Strata.of(key, x.size, kept(self.fraction, x.size), shared=self.shared)
         message = Sparse(Floats.of(x.ravel()[where.positions()]), where, x.shape)
         return message if wire_bits(message) < wire_bits(Floats.of(x)) else Floats.of(x)
 

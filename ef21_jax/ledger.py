@@ -1,4 +1,7 @@
-"""What travels in a step: exact bytes, by leaf and direction, from the message arrays."""
+"""What travels in a step: exact bytes, by leaf and direction, from the message arrays.
+
+`bytes_per_step` counts by one convention, `side_by_side` by all three.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -62,6 +65,45 @@ class Ledger:
         ]
         total = ("total", "", f"{self.dense:,}", f"{self.up:,}", f"{self.down:,}")
         return table(("path", "shape", "dense", "up", "down"), [*rows, total], right=3)
+
+
+CONVENTIONS: dict[str, Callable[[Any], int]] = {
+    "wire": wire_bits,
+    "paper": PaperConvention(),
+    "information": information_bits,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """The same step by each of `CONVENTIONS`. Prints as a table."""
+
+    ledgers: dict[str, Ledger]
+
+    def __getitem__(self, convention: str) -> Ledger:
+        return self.ledgers[convention]
+
+    def __str__(self):
+        names, ledgers = list(self.ledgers), list(self.ledgers.values())
+        head = [f"{way} {name}" for way in ("up", "down") for name in names]
+        rows = [
+            (of[0].path, shape_name(of[0].shape), *_numbers(of))
+            for of in zip(*(ledger.rows for ledger in ledgers), strict=True)
+        ]
+        total = ("total", "", *_numbers(ledgers))
+        return table(("path", "shape", "dense", *head), [*rows, total], right=1 + len(head))
+
+
+def _numbers(parts):
+    counts = (parts[0].dense, *(part.up for part in parts), *(part.down for part in parts))
+    return [f"{count:,}" for count in counts]
+
+
+def side_by_side(tx: Distributed, params: optax.Params) -> SideBySide:
+    """The ledgers of `tx` by wire, paper and information. Arguments as of `bytes_per_step`."""
+    return SideBySide(
+        {name: bytes_per_step(tx, params, convention=c) for name, c in CONVENTIONS.items()}
+    )
 
 
 def bytes_per_step(

@@ -36,11 +36,7 @@ ROWS = (
     ("top10_natural", ef21.TopK(0.10) >> ef21.Natural(), 0.1312),
     ("top5", ef21.TopK(0.05), 0.0906),
 )
-CONVENTIONS = {
-    "paper": ef21.ledger.PaperConvention(),
-    "wire": ef21.wire_bits,
-    "information": ef21.ledger.information_bits,
-}
+CONVENTIONS = ("paper", "wire", "information")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +69,8 @@ def parameters():
 
 def relative_costs(compressor, params):
     """Bytes of the messages over those of the dense float32 arrays, for each convention."""
-    tx = ef21.ef21_sgd(1.0, uplink=compressor)
-    ledgers = {
-        name: ef21.ledger.bytes_per_step(tx, params, convention=convention)
-        for name, convention in CONVENTIONS.items()
-    }
-    return {name: ledger.up / ledger.dense for name, ledger in ledgers.items()}
+    ledgers = ef21.ledger.side_by_side(ef21.ef21_sgd(1.0, uplink=compressor), params)
+    return {name: ledgers[name].up / ledgers[name].dense for name in CONVENTIONS}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,20 @@ import ef21_jax as ef21
 from experiments import table2
 
 
+def test_three_ledgers_side_by_side_are_those_of_each_convention():
+    tx = ef21.ef21_muon(0.1, uplink=ef21.TopK(0.1), downlink=ef21.BlockNatural())
+    params = {"kernel": jnp.zeros((30, 40)), "bias": jnp.zeros(40)}
+    found = ef21.ledger.side_by_side(tx, params)
+    for name, convention in ef21.ledger.CONVENTIONS.items():
+        assert found[name] == ef21.ledger.bytes_per_step(tx, params, convention=convention)
+    head, *rows, total = str(found).splitlines()
+    assert [row.split()[0] for row in rows if "kernel" in row or "bias" in row]
+    for way in ("up", "down"):
+        for name in found.ledgers:
+            assert f"{way} {name}" in head
+            assert f"{getattr(found[name], way):,}" in total
+
+
 @functools.cache
 def costs(name):
     compressor = next(row[1] for row in table2.ROWS if row[0] == name)
@@ -57,6 +71,11 @@ def test_a_set_of_positions_holds_the_logarithm_of_the_number_of_such_sets():
         (ef21.ColumnTopK(0.1, axis=-2), 4 * (30 * 32 + 26), 4 * 30 * 32 + 17),
         (ef21.L1Sharp(), 32 + 26, 32 + 11),
         (ef21.TopK(0.02), 24 * (32 + 26), 24 * 32 + 167),
+        # 77 groups: 45 of sixteen, 32 of fifteen. Five runs of 240.
+        (ef21.BlockTopK(), 77 * 32 + 77 * 4 + 4, 77 * 32 + 306),
+        (ef21.BlockNatural(), 1200 * 4 + 5 * 16, 4689 + 5 * 16),
+        (ef21.Quantize(8), 1200 * 8 + 5 * 16, 9594 + 5 * 16),
+        (ef21.ScaledSign(), 1200 + 5 * 16, 1200 + 5 * 16),
     ],
     ids=repr,
 )

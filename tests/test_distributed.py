@@ -27,6 +27,7 @@ UPLINKS = [
     ef21.TopK(0.3) >> ef21.Natural(),
     ef21.RandK(0.3),
     ef21.RankK(0.4) >> ef21.Natural(),
+    ef21.RandK(0.3, shared=True),
 ]
 COMPRESSED = UPLINKS[2:]
 
@@ -164,23 +165,38 @@ def collectives(compiled):
 SIZES = {"pred": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f32": 4}
 
 
+def sent(compiled, summed):
+    """What each worker sends, in bytes. `summed`: whether every message can be.
+
+    Messages are gathered as the unsigned integers they are; what can be summed is, as floats.
+    """
+    found = {"all-gather": 0, "all-reduce": 0}
+    for kind, arrays in collectives(compiled):
+        for dtype, size in arrays:
+            assert dtype.startswith("f" if kind == "all-reduce" else "u")
+            found[kind] += SIZES[dtype] * size
+    assert bool(found["all-gather"]) == (not summed)
+    return found["all-gather"] // NUM_WORKERS + found["all-reduce"]
+
+
 @pytest.mark.parametrize("uplink", [*UPLINKS, ef21.RankK(0.4), ef21.Natural()], ids=repr)
 def test_the_compiled_program_sends_the_bytes_of_the_ledger_and_nothing_else(uplink, optimized):
     tx, mesh = optimizer(uplink, "workers"), mesh_of(NUM_WORKERS)
     state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
     step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
     batch = jax.device_put(batch_of(NUM_WORKERS), NamedSharding(mesh, P("workers")))
-    found = collectives(step.lower(PARAMS, state, batch).compile())
-
-    assert {kind for kind, _ in found} == {"all-gather"}
-    assert all(dtype.startswith("u") for _, arrays in found for dtype, _ in arrays)
-    gathered = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
-    assert gathered == NUM_WORKERS * ef21.ledger.bytes_per_step(tx, PARAMS).up
+    compiled = step.lower(PARAMS, state, batch).compile()
+    of_identity = 4 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+    expected = ef21.ledger.bytes_per_step(tx, PARAMS).up
+    assert (uplink == ef21.Identity()) == (expected == of_identity)
+    assert sent(compiled, uplink == ef21.Identity() or uplink.shared) == expected
 
 
 def test_every_compressors_message_travels_as_the_ledger_says(optimized):
     # One leaf, and one compressor, of each kind: a single program holds them all.
-    kinds = {repr(compressor): compressor for compressor in registry.COMPRESSORS}
+    shared = (ef21.RandK(0.25, shared=True), ef21.RandomSubspace(0.25, shared=True))
+    every = (*registry.COMPRESSORS, *registry.BLOCK_COMPRESSORS, *registry.STEPS, *shared)
+    kinds = {repr(compressor): compressor for compressor in every}
     params = {name: jax.random.normal(KEYS[0], registry.SHAPE) for name in kinds}
     tx, mesh = ef21.ef21_sgd(1.0, uplink=kinds, axis_name="workers"), mesh_of(NUM_WORKERS)
 
@@ -191,11 +207,8 @@ def test_every_compressors_message_travels_as_the_ledger_says(optimized):
 
     state = ef21.replicate(tx.init(params), NUM_WORKERS, mesh=mesh)
     step = jax.jit(ef21.spmd(step, mesh=mesh))
-    found = collectives(step.lower(params, state, jnp.ones(NUM_WORKERS)).compile())
-    assert {kind for kind, _ in found} == {"all-gather"}
-    assert all(dtype.startswith("u") for _, arrays in found for dtype, _ in arrays)
-    gathered = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
-    assert gathered == NUM_WORKERS * ef21.ledger.bytes_per_step(tx, params).up
+    compiled = step.lower(params, state, jnp.ones(NUM_WORKERS)).compile()
+    assert sent(compiled, summed=False) == ef21.ledger.bytes_per_step(tx, params).up
 
 
 def test_without_compression_an_all_reduce_carries_the_gradient(optimized):

@@ -25,6 +25,8 @@ METHODS = {
     # Rounding to a power of two makes something finite of a NaN.
     "ef21_sgd": ef21.ef21_sgd(0.1, uplink=ef21.Natural(), axis_name="workers"),
     "ef14_sgd": ef21.ef14_sgd(0.1, uplink=ef21.RandK(0.5), axis_name="workers"),
+    # What the others have kept is found by a seed that the spoiled message holds too.
+    "shared": ef21.ef21_sgd(0.1, uplink=ef21.RandK(0.5, shared=True), axis_name="workers"),
     "gluon": ef21.gluon(0.1, rules=RULES, axis_name="workers"),
 }
 FAULTS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}

@@ -24,6 +24,7 @@ ORDER = [
     "_random",
     "_packing",
     "_blocks",
+    "_codes",
     "_positions",
     "_messages",
     "_block_messages",

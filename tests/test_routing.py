@@ -432,3 +432,14 @@ def test_the_ledger_reads_shapes_alone_and_counts_narrow_parameters_as_they_trav
 def test_a_bad_rule_is_refused_by_name_and_value(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ef21.Rule("bad", **{"norm": ef21.Sign(), **kwargs})
+
+
+def test_a_rule_whose_dims_do_not_fit_names_the_leaf():
+    rules = (ef21.Rule("fused", ef21.Spectral(), splits=3),)
+    params = {"attention": {"qkv": jnp.zeros((6, 4))}}
+    for call in (
+        lambda: ef21.routes(params, rules),
+        lambda: ef21.ef21_muon(0.1, rules=rules).init(params),
+    ):
+        with pytest.raises(ValueError, match=r"^attention/qkv: Rule 'fused': .*3 splits"):
+            call()
