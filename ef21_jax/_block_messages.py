@@ -77,9 +77,11 @@ class BlockSparse(Message):
         values = values.reshape(-1, skewed.groups)
         rows = rows.reshape(values.shape).astype(jnp.int32)
         columns = jnp.arange(skewed.groups, dtype=jnp.int32)[None, :]
-        zeros = jnp.zeros((skewed.depth, skewed.groups), self.dtype)
-        # `add`, not `set`: an all-zero message repeats row 0.
-        return skewed.merge(zeros.at[rows, columns].add(values)).reshape(self.shape)
+        # As bits, and `set`: see `Positions.place`.
+        bits = _packing.to_bits(values)
+        zeros = jnp.zeros((skewed.depth, skewed.groups), bits.dtype)
+        dense = skewed.merge(zeros.at[rows, columns].set(bits)).reshape(self.shape)
+        return _packing.from_bits(dense, self.dtype)
 
 
 def _width(skewed):

@@ -8,6 +8,10 @@ schedule.
 give that of the Euclidean norm, the family B_2(α). `contraction(shape, norm)` gives the one in the
 norm of a layer, B(α); for B_*(α) pass the norm that is dual to it: `Nuclear()` for `Spectral()`,
 `L1()` for `Sign()`, `Mixed(p*, q*)` for `Mixed(p, q)`.
+
+It holds for entries that are zero or normal floats: machines differ in whether they take subnormal
+ones for zero. And what a compressor makes of finite entries is finite: where it would exceed the
+largest float it becomes that, which α does not account for.
 """
 
 import abc
@@ -17,6 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ._dtypes import without_overflow
 from ._geometry import (
     Geometry,
     entry_exponent,
@@ -328,9 +333,3 @@ def contraction_of_values(
         return None
     stays = squared(of_values, p / 2)
     return None if stays is None else min(share * stays, of_dense)
-
-
-def without_overflow(y: jax.Array, x: jax.Array) -> jax.Array:
-    """`y`, with the largest float where it is infinite and `x` is not."""
-    largest = jnp.copysign(jnp.asarray(jnp.finfo(y.dtype).max, y.dtype), y)
-    return jnp.where(jnp.isinf(y) & jnp.isfinite(x), largest, y)

@@ -30,3 +30,23 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`. Where that is narrower, no compiler may take the rounding back."""
     # XLA drops a cast to fewer bits and back (it allows itself excess precision), unless barred.
     return x if x.dtype == dtype else lax.optimization_barrier(x.astype(dtype))
+
+
+def without_overflow(y: jax.Array, x: jax.Array) -> jax.Array:
+    """`y`, with the largest float where it is infinite and `x` is not."""
+    largest = jnp.copysign(jnp.asarray(jnp.finfo(y.dtype).max, y.dtype), y)
+    return jnp.where(jnp.isinf(y) & jnp.isfinite(x), largest, y)
+
+
+def finite_einsum(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` of two arrays in full precision; of finite ones it is finite.
+
+    Entries that would exceed the largest float become that. `a` is of moderate size, as an
+    orthonormal basis is; `b` may be as large as it likes.
+    """
+    # By a power of two to where sums cannot overflow, and back.
+    middle = 2.0 ** (jnp.finfo(b.dtype).maxexp // 2)
+    large = jnp.max(jnp.abs(b), initial=0.0) > middle
+    down, up = (jnp.where(large, factor, 1.0).astype(b.dtype) for factor in (1 / middle, middle))
+    product = jnp.einsum(form, a, b * down, precision="highest")
+    return without_overflow(product * up, product)

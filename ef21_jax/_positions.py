@@ -41,9 +41,11 @@ class Positions(abc.ABC):
 
     def place(self, values: jax.Array) -> jax.Array:
         """Zeros of shape (size, ...) with `values`, shape (count, ...), at the positions."""
-        zeros = jnp.zeros((self.size, *values.shape[1:]), values.dtype)
-        # `add`, not `set`: an all-zero message repeats a position.
-        return zeros.at[self.positions()].add(values)
+        # As bits: a sum of floats would take subnormal ones for zero. In an all-zero message
+        # positions repeat, in all others they do not.
+        bits = _packing.to_bits(values)
+        zeros = jnp.zeros((self.size, *values.shape[1:]), bits.dtype)
+        return _packing.from_bits(zeros.at[self.positions()].set(bits), values.dtype)
 
     @property
     def information(self) -> float:

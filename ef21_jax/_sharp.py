@@ -14,9 +14,8 @@ from ._compressors import (
     Compressor,
     check_indexable,
     contraction_of_values,
-    without_overflow,
 )
-from ._dtypes import at_least_float32
+from ._dtypes import at_least_float32, without_overflow
 from ._geometry import entry_exponent, from_euclidean, squared
 from ._messages import Floats, SignedOnes, Sparse, wire_bits
 from ._positions import Local
