@@ -40,6 +40,7 @@ from ._feedback import (
     no_feedback as no_feedback,
     worker_momentum as worker_momentum,
 )
+from ._grouped import grouped as grouped
 from ._invariant import check_invariant as check_invariant, warm_start as warm_start
 from ._low_rank import (
     NuclearSharp as NuclearSharp,

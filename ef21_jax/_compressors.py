@@ -44,12 +44,14 @@ class Compressor(abc.ABC):
         holds for each of them.
       leaves_floats: the message holds floats that a compressor after this one (`>>`) can take on.
       shared: all workers draw alike, so that the network can add up their messages.
+      numbers: None; of a stack of layers (`CompressEach`), the numbers of the leaves they were.
     """
 
     unbiased: bool = False
     entrywise: bool = False
     leaves_floats: bool = True
     shared: bool = False
+    numbers: tuple[int, ...] | None = None
 
     @abc.abstractmethod
     def compress(self, x: jax.Array, key: jax.Array) -> Message:

@@ -20,8 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from . import _axes
 from ._axes import AxisName
 from ._dtypes import rounded, widen
-from ._grouping import map_grouped
-from ._messages import dense, expand, is_message
+from ._messages import expand, is_message
 
 
 class DistributedState(NamedTuple):
@@ -49,9 +48,13 @@ class Distributed(optax.GradientTransformationExtraArgs):
     Attributes:
       messages: a function from parameters (or their `jax.ShapeDtypeStruct`s) to the pair of trees
         of shapes, (uplink, downlink), that one worker sends and receives in a step.
+      stack: from a tree like the parameters to how the state lays it out (see `grouped`).
+      unstack: from that, and a tree like the parameters, back.
     """
 
     messages: Callable[[optax.Params], tuple[Any, Any]]
+    stack: Callable[[Any], Any]
+    unstack: Callable[[Any, Any], Any]
 
 
 def distribute(
@@ -133,7 +136,7 @@ def distribute(
         messages, worker_state, rejected = send(updates, state, params, up, **extra_args)
         mean = _mean(messages, axis_name)
         step, server_state = server.update(
-            mean, state.server, widen(server_params(params, state)), key=at_server, **extra_args
+            mean, state.server, widen(_shifted(params, state)), key=at_server, **extra_args
         )
         shift, downlink_state = broadcast(step, state, params, down)
 
@@ -154,6 +157,8 @@ def distribute(
 
     transformation = Distributed(init, update)
     transformation.messages = messages
+    transformation.stack = lambda tree: tree
+    transformation.unstack = lambda tree, like: tree
     return transformation
 
 
@@ -185,22 +190,15 @@ def _mean(messages, axis_name):
     if not names:
         return expand(messages)
 
-    def travel(node):
+    def mean(node):
         if not is_message(node):
             return lax.pmean(node, names)
         if node.summable:
-            return node.with_addend(lax.pmean(node.addend(), names))
-        return jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node)
-
-    def mean(gathered, node):
-        if not gathered:
-            return dense(node)
-        total = node.total()
+            return node.with_addend(lax.pmean(node.addend(), names)).dense()
+        total = jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node).total()
         return total / jnp.asarray(_axes.worker_count(axis_name), total.dtype)
 
-    nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
-    gathered = [is_message(node) and not node.summable for node in nodes]
-    return treedef.unflatten(map_grouped(mean, gathered, [travel(node) for node in nodes]))
+    return jax.tree.map(mean, messages, is_leaf=is_message)
 
 
 def _all_finite(tree, num_workers):
@@ -298,19 +296,45 @@ def replicate(
     return jax.device_put(tree, jax.tree.broadcast(placement, tree))
 
 
-def server_params(params: optax.Params, state: Any) -> optax.Params:
+def server_params(tx: Distributed, params: optax.Params, state: Any) -> optax.Params:
     """The server's model X. `params` are W, the model that the workers hold.
 
     Gradients are taken at W, the guarantee is for X. They are one where the downlink is lossless.
 
     Args:
+      tx: one of our optimizers, or `distribute` itself; of a chain, that part.
       params: W.
       state: the optimizer's state, or anything that holds it.
+
+    Raises:
+      ValueError: for a transformation that is not made by `distribute`.
     """
-    residual = getattr(find_state(state).downlink, "residual", None)
+    check_distributed(tx)
+    state = find_state(state)
+    if _residual(state) is None:
+        return params
+    return tx.unstack(_shifted(tx.stack(params), state), params)
+
+
+def _residual(state):
+    return getattr(state.downlink, "residual", None)
+
+
+def _shifted(params, state):
+    """X from W, both as the state lays them out."""
+    residual = _residual(state)
     if residual is None or params is None:
         return params
     return optax.tree.add(widen(params), residual)
+
+
+def check_distributed(tx: Any) -> None:
+    """Raises a ValueError unless `tx` is what `distribute` makes."""
+    if not isinstance(tx, Distributed):
+        raise ValueError(
+            f"Only what `distribute` makes can say what it sends and keeps, got "
+            f"{type(tx).__name__}. Of a chain, pass the communicating part."
+        )
 
 
 def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None = None) -> Callable:

@@ -17,7 +17,6 @@ from jax import lax
 
 from ._compressors import Compressor
 from ._dtypes import rounded
-from ._grouping import map_grouped
 from ._messages import expand
 from ._settings import Setting, per_leaf
 
@@ -49,16 +48,18 @@ def compress(
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
+    numbers = [(i,) if c.numbers is None else c.numbers for i, c in enumerate(chosen)]
     # All keys in one call: drawing them one by one would be most of a large program.
     own, shared = (
-        jax.vmap(jax.random.fold_in, in_axes=(None, 0))(k, jnp.arange(len(leaves)))
+        jax.vmap(jax.random.fold_in, in_axes=(None, 0))(k, jnp.asarray(sum(numbers, ()), int))
         for k in (key, key if shared_key is None else shared_key)
     )
-    keyed = [
-        (leaf, (shared if compressor.shared else own)[i])
-        for i, (leaf, compressor) in enumerate(zip(leaves, chosen, strict=True))
-    ]
-    return treedef.unflatten(map_grouped(lambda c, item: c.compress(*item), chosen, keyed))
+    messages, start = [], 0
+    for leaf, compressor, of_leaf in zip(leaves, chosen, numbers, strict=True):
+        keys = (shared if compressor.shared else own)[start : start + len(of_leaf)]
+        messages.append(compressor.compress(leaf, keys[0] if compressor.numbers is None else keys))
+        start += len(of_leaf)
+    return treedef.unflatten(messages)
 
 
 class EF21State(NamedTuple):

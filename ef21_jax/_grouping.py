@@ -1,44 +1,109 @@
-"""Layers of equal settings and shape, stacked and treated by one batched call.
+"""Layers of equal settings, shape and dtype, stacked into one array.
 
-A model has many layers and few shapes. Tracing and compiling a kernel once a shape, not once a
-layer, is what keeps a program of a hundred layers small.
+A model has many layers and few shapes. Stacked at the door, gradients on entry and updates on
+exit, with state that stays as it is stacked, a step is a program of so many operations as there are
+shapes: traced and compiled once a shape, not once a layer.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from ._settings import path_name
 
 
-def map_grouped(
-    function: Callable[..., Any], settings: Sequence[Hashable], items: Sequence[Any]
-) -> list[Any]:
-    """`[function(setting, item) for ...]`, with equal settings and shapes run as one vmap.
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """Which leaves of a tree are stacked with which.
+
+    Attributes:
+      treedef: of the tree.
+      members: of each group, by its name, the numbers of its leaves, ascending.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    members: dict[str, tuple[int, ...]]
+
+    @staticmethod
+    def of(tree: Any, settings: Sequence[Hashable]) -> "Grouping":
+        """Groups of equal settings, shapes and dtypes. `settings`: one for each leaf, in order.
+
+        A group has the name of its first leaf, and how many others there are:
+        `blocks.0.q.kernel+11`.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        paths = jax.tree.leaves_with_path(tree)
+        for i, ((_, leaf), setting) in enumerate(zip(paths, settings, strict=True)):
+            groups.setdefault((setting, leaf.shape, leaf.dtype), []).append(i)
+        members = {
+            _name(paths[numbers[0]][0], len(numbers) - 1): tuple(numbers)
+            for numbers in groups.values()
+        }
+        return Grouping(jax.tree.structure(tree), members)
+
+    def stack(self, tree: Any) -> Any:
+        """{group: shape (layers, ...)}. Takes arrays and `jax.ShapeDtypeStruct`s alike.
+
+        What has no leaves is given back, since `optax.tree.map_params` looks for just that.
+        """
+        leaves = jax.tree.leaves(tree)
+        if not leaves:
+            return tree
+        return {name: _stack([leaves[i] for i in m]) for name, m in self.members.items()}
+
+    def unstack(self, stacked: Any) -> Any:
+        """The inverse of `stack`."""
+        leaves: list[Any] = [None] * self.treedef.num_leaves
+        for name, numbers in self.members.items():
+            for layer, i in enumerate(numbers):
+                leaves[i] = stacked[name][layer]
+        return self.treedef.unflatten(leaves)
+
+    def choose(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Of `values`, one for each leaf, that of each group's first."""
+        return {name: values[numbers[0]] for name, numbers in self.members.items()}
+
+
+def each_layer(function: Callable[..., Any], *stacked: Any, in_place: bool = False) -> Any:
+    """`function` of each layer of trees whose leaves have a leading axis of layers, stacked again.
+
+    A loop on a CPU, where that is as fast and needs the memory of one layer only; elsewhere one
+    batched call.
 
     Args:
-      function: of a setting, which is static, and an item, a pytree of arrays.
-      settings: one for each item. Equal ones may share a call.
-      items: pytrees of arrays; those of equal structure, shapes and dtypes may share a call.
-
-    Returns:
-      The results in the order of the items. Each is what `function` gives for its item alone, up
-      to the order of floating additions.
+      function: of one layer of each tree.
+      stacked: the trees.
+      in_place: that `function` takes one array to another of the same shape and dtype. The loop
+        then writes into a copy of its input: a fresh array, which depends on nothing, would be
+        held from the beginning of the program.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for i, (setting, item) in enumerate(zip(settings, items, strict=True)):
-        leaves, treedef = jax.tree.flatten(item)
-        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        groups.setdefault((setting, treedef, kind), []).append(i)
+    if jax.tree.leaves(stacked)[0].shape[0] == 1:
+        results = function(*jax.tree.map(lambda leaf: leaf[0], stacked))
+        return jax.tree.map(lambda leaf: leaf[None], results)
 
-    results: list[Any] = [None] * len(items)
-    for (setting, _, kind), members in groups.items():
-        if len(members) == 1 or not kind:  # a vmap needs an array to map over
-            for i in members:
-                results[i] = function(setting, items[i])
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(items[i] for i in members))
-        batched = jax.vmap(lambda item, setting=setting: function(setting, item))(stacked)
-        for row, i in enumerate(members):
-            results[i] = jax.tree.map(lambda leaf, row=row: leaf[row], batched)
-    return results
+    def loop(*stacked):
+        if not in_place:
+            return lax.map(lambda layers: function(*layers), stacked)
+        one = lambda i, x: x.at[i].set(function(x[i]))  # noqa: E731
+        return lax.fori_loop(0, stacked[0].shape[0], one, stacked[0])
+
+    return lax.platform_dependent(*stacked, cpu=loop, default=jax.vmap(function))
+
+
+def _name(path, others):
+    name = path_name(path).replace("/", ".")
+    return f"{name}+{others}" if others else name
+
+
+def _stack(leaves):
+    first = leaves[0]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
+    if len(leaves) == 1:
+        return first[None]
+    # Barred from being fused into what comes after, which would be compiled once a layer.
+    return lax.optimization_barrier(jnp.stack(leaves))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._distributed import DistributedState, find_state
+from ._distributed import Distributed, DistributedState, check_distributed, find_state
 from ._dtypes import widen
 from ._feedback import EF21State, MomentumState
 from ._settings import path_name
@@ -62,13 +62,14 @@ def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
     return worst
 
 
-def warm_start(state: Any, gradients: optax.Updates) -> Any:
+def warm_start(tx: Distributed, state: Any, gradients: optax.Updates) -> Any:
     """Starts a fresh state exactly: G_j = M_j = ∇f_j, G their mean, at the price of dense bytes.
 
     The initialisation of paper M, Algorithm 2 and Theorems 3, 4, 5. Without it, the first round
     sends C(∇f_j), as in Theorem 6.
 
     Args:
+      tx: one of our optimizers, or `distribute` itself; of a chain, that part.
       state: the optimizer's state, or anything that holds it, already replicated.
       gradients: each worker's, with the leading axis of workers that the state has.
 
@@ -76,9 +77,13 @@ def warm_start(state: Any, gradients: optax.Updates) -> Any:
       The same tree, with estimates and momenta set.
 
     Raises:
-      ValueError: where the gradients do not fit the estimates.
+      ValueError: where the gradients do not fit the estimates, or for a transformation that is
+        not made by `distribute`.
     """
-    gradients = widen(gradients)
+    check_distributed(tx)
+    # A single worker's state, not replicated, has no axis of workers.
+    stack = jax.vmap(tx.stack) if find_state(state).rejected.ndim else tx.stack
+    gradients = widen(stack(gradients))
 
     def fill(node, new):
         if isinstance(node, EF21State):

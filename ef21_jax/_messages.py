@@ -28,7 +28,7 @@ from jax import lax
 
 from . import _packing
 from ._dtypes import at_least_float32, finite_einsum, without_overflow
-from ._grouping import map_grouped
+from ._grouping import each_layer
 from ._positions import EliasFano, Mask, Positions, Strata
 
 
@@ -86,8 +86,7 @@ def is_message(x: Any) -> bool:
 
 def expand(messages: Any) -> Any:
     """The tree of arrays that a tree of messages stands for."""
-    nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
-    return treedef.unflatten(map_grouped(lambda _, m: dense(m), [None] * len(nodes), nodes))
+    return jax.tree.map(dense, messages, is_leaf=is_message)
 
 
 def wire_bits(message: Any) -> int:
@@ -189,6 +188,32 @@ class LowRank(Message):
         if m > n:
             form, left, right = f"{second},{first}{form[form.index('-') :]}", right, left
         return finite_einsum(form, left, right).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked(Message):
+    """Layers along a leading axis: messages of one kind, each of its leaves stacked."""
+
+    layers: Message
+
+    def dense(self):
+        return each_layer(dense, self.layers)
+
+    def total(self):
+        by_layer = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), self.layers)
+        return each_layer(lambda messages: messages.total(), by_layer)
+
+    @property
+    def summable(self):
+        return self.layers.summable
+
+    def _addend(self):
+        return jax.vmap(lambda message: message.addend())(self.layers)
+
+    def _with_addend(self, addend):
+        together = jax.vmap(lambda message, addend: message.with_addend(addend))
+        return Stacked(together(self.layers, addend))
 
 
 class _Around(Message):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from ._axes import AxisName
-from ._compressors import Identity
+from ._compressors import Compressor, Identity
 from ._distributed import Distributed, distribute
 from ._feedback import check_decay, ef14, ef21, ef21_p, no_feedback, worker_momentum
-from ._grouping import map_grouped
+from ._grouped import grouped
 from ._norms import Norm
 from ._polar import unit_scale
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
@@ -41,7 +41,7 @@ def lmo_step(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         chosen = per_leaf(norms, updates, Norm)
-        return treedef.unflatten(map_grouped(lambda norm, g: norm.lmo(g), chosen, leaves))
+        return treedef.unflatten(norm.lmo(g) for norm, g in zip(chosen, leaves, strict=True))
 
     def init(params):
         per_leaf(norms, params, Norm)  # an error as early as can be
@@ -111,24 +111,29 @@ def ef21_muon(
       ValueError: for parameters out of range; when first given parameters, for a leaf that no
         rule claims; and as `distribute` does.
     """
-    feedback = ef21(compressors_by(rules, uplink))
-    return distribute(
-        worker=optax.chain(
-            worker_momentum(momentum),  # M_j ← (1 − β) M_j + β ∇f_j(W; ξ_j)
-            feedback.worker,  # R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
-        ),
-        server=optax.chain(
-            feedback.server,  # G ← G + mean_j R_j
-            lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),  # X ← X + t LMO(G)
-        ),
-        downlink=_downlink(compressors_by(rules, downlink), downlink),  # S = C(X − W),  W ← W + S
-        axis_name=axis_name,
-        seed=seed,
+
+    def assemble(up, down, norms):
+        feedback = ef21(up)
+        return distribute(
+            worker=optax.chain(
+                worker_momentum(momentum),  # M_j ← (1 − β) M_j + β ∇f_j(W; ξ_j)
+                feedback.worker,  # R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
+            ),
+            server=optax.chain(
+                feedback.server,  # G ← G + mean_j R_j
+                lmo_step(norms, learning_rate, weight_decay=weight_decay),  # X ← X + t LMO(G)
+            ),
+            downlink=None if downlink == Identity() else ef21_p(down),  # S = C(X − W),  W ← W + S
+            axis_name=axis_name,
+            seed=seed,
+        )
+
+    return grouped(
+        assemble,
+        up=(compressors_by(rules, uplink), Compressor),
+        down=(compressors_by(rules, downlink), Compressor),
+        norms=(norms_by(rules), Norm),
     )
-
-
-def _downlink(compressors, given):
-    return None if given == Identity() else ef21_p(compressors)
 
 
 def gluon(
@@ -145,14 +150,18 @@ def gluon(
     of momenta is the momentum of means. Same steps as `ef21_muon` with Identity compressors.
     Arguments and errors are those of `ef21_muon`.
     """
-    return distribute(
-        worker=optax.identity(),
-        server=optax.chain(
-            worker_momentum(momentum),
-            lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),
-        ),
-        axis_name=axis_name,
-    )
+
+    def assemble(norms):
+        return distribute(
+            worker=optax.identity(),
+            server=optax.chain(
+                worker_momentum(momentum),
+                lmo_step(norms, learning_rate, weight_decay=weight_decay),
+            ),
+            axis_name=axis_name,
+        )
+
+    return grouped(assemble, norms=(norms_by(rules), Norm))
 
 
 def scion(
@@ -202,24 +211,27 @@ def muon(
     The other arguments and the errors are those of `ef21_muon`.
     """
     check_decay(momentum)
-    spectral = optax.chain(
-        optax.trace(momentum, nesterov=nesterov),
-        lmo_step(norms_by(rules), learning_rate, weight_decay=weight_decay),
-    )
     adam = optax.adamw(
         learning_rate if adam_learning_rate is None else adam_learning_rate,
         weight_decay=weight_decay,
     )
 
-    def labels(params: Any):
+    def methods(params: Any):
         found = ["adam" if rule.role == "adam" else "spectral" for rule in claim(rules, params)]
         return jax.tree.structure(params).unflatten(found)
 
-    return distribute(
-        worker=optax.identity(),
-        server=optax.partition({"spectral": spectral, "adam": adam}, labels),
-        axis_name=axis_name,
-    )
+    def assemble(norms, methods):
+        spectral = optax.chain(
+            optax.trace(momentum, nesterov=nesterov),
+            lmo_step(norms, learning_rate, weight_decay=weight_decay),
+        )
+        return distribute(
+            worker=optax.identity(),
+            server=optax.partition({"spectral": spectral, "adam": adam}, methods),
+            axis_name=axis_name,
+        )
+
+    return grouped(assemble, norms=(norms_by(rules), Norm), methods=(methods, str))
 
 
 def ef21_sgd(
@@ -234,7 +246,7 @@ def ef21_sgd(
 
     Arguments and errors are those of `ef21_muon`; every leaf is compressed.
     """
-    return _euclidean(ef21(uplink), [], _descent(learning_rate), downlink, axis_name, seed)
+    return _euclidean(ef21, [], _descent(learning_rate), uplink, downlink, axis_name, seed)
 
 
 def ef21_sgdm(
@@ -251,7 +263,7 @@ def ef21_sgdm(
     Arguments and errors are those of `ef21_muon`; every leaf is compressed.
     """
     before = [worker_momentum(momentum)]
-    return _euclidean(ef21(uplink), before, _descent(learning_rate), downlink, axis_name, seed)
+    return _euclidean(ef21, before, _descent(learning_rate), uplink, downlink, axis_name, seed)
 
 
 def normalized_ef21(
@@ -267,7 +279,7 @@ def normalized_ef21(
     Arguments and errors are those of `ef21_muon`; every leaf is compressed.
     """
     step = optax.chain(normalize(), _descent(learning_rate))
-    return _euclidean(ef21(uplink), [], step, downlink, axis_name, seed)
+    return _euclidean(ef21, [], step, uplink, downlink, axis_name, seed)
 
 
 def ef14_sgd(
@@ -283,7 +295,7 @@ def ef14_sgd(
     Arguments and errors are those of `ef21_muon`; every leaf is compressed.
     """
     before = [_descent(learning_rate)]
-    return _euclidean(ef14(uplink), before, optax.identity(), Identity(), axis_name, seed)
+    return _euclidean(ef14, before, optax.identity(), uplink, Identity(), axis_name, seed)
 
 
 def compressed_sgd(
@@ -299,18 +311,22 @@ def compressed_sgd(
     Arguments and errors are those of `ef21_muon`; every leaf is compressed.
     """
     step = _descent(learning_rate)
-    return _euclidean(no_feedback(uplink), [], step, Identity(), axis_name, seed)
+    return _euclidean(no_feedback, [], step, uplink, Identity(), axis_name, seed)
 
 
 def _descent(learning_rate):
     return optax.scale_by_learning_rate(learning_rate)
 
 
-def _euclidean(feedback, before, step, downlink, axis_name, seed):
-    return distribute(
-        worker=optax.chain(*before, feedback.worker),
-        server=optax.chain(feedback.server, step),
-        downlink=_downlink(downlink, downlink),
-        axis_name=axis_name,
-        seed=seed,
-    )
+def _euclidean(mechanism, before, step, uplink, downlink, axis_name, seed):
+    def assemble(up, down):
+        feedback = mechanism(up)
+        return distribute(
+            worker=optax.chain(*before, feedback.worker),
+            server=optax.chain(feedback.server, step),
+            downlink=None if downlink == Identity() else ef21_p(down),
+            axis_name=axis_name,
+            seed=seed,
+        )
+
+    return grouped(assemble, up=(uplink, Compressor), down=(downlink, Compressor))

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._dtypes import at_least_float32
 
@@ -102,11 +103,16 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients = POLAR_EXPRESS) -> j
     return iterate(y, coefficients, wide).astype(x.dtype)
 
 
+# Loops over the coefficients, not a program of all steps: those take long to compile.
+
+
 def _iterate(y, coefficients, wide):
-    for a, b, c in coefficients:
+    def step(y, abc):
+        a, b, c = abc
         gram = _gram(y, wide)
-        y = a * y + _apply(b * gram + c * _product(gram, gram), y, wide)
-    return y
+        return a * y + _apply(b * gram + c * _product(gram, gram), y, wide), None
+
+    return lax.scan(step, y, jnp.asarray(coefficients, y.dtype))[0]
 
 
 _GRAM_STEPS = 6  # in float32; the Gram matrix of more of them drifts from that of the iterate
@@ -121,17 +127,29 @@ def _iterate_gram(y, coefficients, wide):
         return _iterate_gram(y, coefficients[half:], wide)
     # Every factor is a polynomial of the first Gram matrix, so they commute and are symmetric:
     # Q ← (a + Z) Q and R ← (a + Z) R (a + Z) with Z = bR + cR².
+    def factor(gram, abc):
+        a, b, c = abc
+        return a, b * gram + c * _product(gram, gram)
+
+    def advance(gram, a, z):
+        half = a * gram + _product(z, gram)
+        return a * half + _product(z, half)
+
+    def step(carry, abc):
+        q, gram = carry
+        a, z = factor(gram, abc)
+        return (a * q + _product(z, q), advance(gram, a, z)), None
+
+    # The first step finds no Q to multiply, and the last needs no R after it.
+    first, *others = coefficients
     gram = _gram(y, wide)
-    q = None
-    for step, (a, b, c) in enumerate(coefficients):
-        z = b * gram + c * _product(gram, gram)
-        if q is None:
-            q = a * jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape) + z
-        else:
-            q = a * q + _product(z, q)
-        if step + 1 < len(coefficients):
-            half = a * gram + _product(z, gram)
-            gram = a * half + _product(z, half)
+    a, z = factor(gram, first)
+    q = a * jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape) + z
+    if others:
+        carry = (q, advance(gram, a, z))
+        q, gram = lax.scan(step, carry, jnp.asarray(others[:-1], y.dtype).reshape(-1, 3))[0]
+        a, z = factor(gram, others[-1])
+        q = a * q + _product(z, q)
     return _apply(q, y, wide)
 
 

@@ -15,7 +15,7 @@ from ._conventions import (
     information_bits as information_bits,
     log2_binomial as log2_binomial,
 )
-from ._distributed import Distributed
+from ._distributed import Distributed, check_distributed
 from ._messages import is_message, wire_bits
 from ._settings import path_name
 from ._tables import shape_name, table
@@ -120,11 +120,7 @@ def bytes_per_step(
     Raises:
       ValueError: for a transformation that is not made by `distribute`.
     """
-    if not isinstance(tx, Distributed):
-        raise ValueError(
-            f"Only what `distribute` makes can say what it sends, got {type(tx).__name__}. Of a "
-            "chain, pass the communicating part."
-        )
+    check_distributed(tx)
     up, down = (jax.tree.leaves(side, is_leaf=is_message) for side in tx.messages(params))
     rows = (
         Row(

@@ -121,7 +121,7 @@ def train(config, method, corpus):
             seconds += time.perf_counter() - start
         loss_w = float(held_out_loss(model, params, held_out))
         # Without a downlink compressor the server's model is W itself.
-        server_params = ef21.server_params(params, state)
+        server_params = ef21.server_params(tx, params, state)
         lossy = server_params is not params
         loss_x = float(held_out_loss(model, server_params, held_out)) if lossy else loss_w
         yield {

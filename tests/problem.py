@@ -90,7 +90,7 @@ def compiled(tx, axis_name):
     def one(carry, batch):
         every = step if axis_name is None else ef21.spmd(step, axis_name=axis_name)
         params, state, _ = every(*carry, batch)
-        return (params, state), (params, ef21.server_params(params, state))
+        return (params, state), (params, ef21.server_params(tx, params, state))
 
     return jax.jit(lambda carry, batches: jax.lax.scan(one, carry, batches))
 
