@@ -81,9 +81,14 @@ def warm_start(tx: Distributed, state: Any, gradients: optax.Updates) -> Any:
         not made by `distribute`.
     """
     check_distributed(tx)
-    # A single worker's state, not replicated, has no axis of workers.
-    stack = jax.vmap(tx.stack) if find_state(state).rejected.ndim else tx.stack
-    gradients = widen(stack(gradients))
+    workers = find_state(state).rejected.shape  # (), of a single one that is not replicated
+    for path, leaf in jax.tree.leaves_with_path(gradients):
+        if jnp.shape(leaf)[: len(workers)] != workers:
+            raise ValueError(
+                f"{path_name(path)}: the gradient has shape {jnp.shape(leaf)}, and wants the "
+                f"leading axis of the {workers[0]} workers that the state has."
+            )
+    gradients = widen((jax.vmap(tx.stack) if workers else tx.stack)(gradients))
 
     def fill(node, new):
         if isinstance(node, EF21State):

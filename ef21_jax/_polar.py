@@ -125,6 +125,7 @@ def _iterate_gram(y, coefficients, wide):
         half = len(coefficients) // 2
         y = _iterate_gram(y, coefficients[:half], wide)
         return _iterate_gram(y, coefficients[half:], wide)
+
     # Every factor is a polynomial of the first Gram matrix, so they commute and are symmetric:
     # Q ← (a + Z) Q and R ← (a + Z) R (a + Z) with Z = bR + cR².
     def factor(gram, abc):

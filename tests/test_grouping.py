@@ -1,67 +1,164 @@
+"""Layers stacked at the door: the same updates, from a program as large as there are shapes."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ef21_jax._grouping import map_grouped
+import ef21_jax as ef21
+from ef21_jax._grouping import Grouping, each_layer
 
 
-def items():
-    rng = np.random.default_rng(0)
+def tree(layers=2, leading=(), seed=0):
+    rng = np.random.default_rng(seed)
 
     def array(*shape, dtype=jnp.float32):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return jnp.asarray(rng.normal(size=(*leading, *shape)), dtype)
 
-    return [
-        ("a", array(2, 3)),
-        ("b", array(2, 3)),
-        ("a", array(3, 2)),
-        ("a", array(2, 3)),
-        ("a", array(2, 3, dtype=jnp.bfloat16)),
-        ("a", {"x": array(2, 3), "y": (array(4),)}),
-        ("b", array(2, 3)),
-        ("a", {"x": array(2, 3), "y": (array(4),)}),
-        ("a", {"x": array(2, 3), "z": (array(4),)}),
-        ("a", {"x": array(2, 3), "y": (array(5),)}),
-        ("a", array(2, 3)),
+    blocks = [
+        {"up": {"kernel": array(6, 9)}, "down": {"kernel": array(9, 6), "bias": array(6)}}
+        for _ in range(layers)
     ]
+    return {"blocks": blocks, "hole": None, "head": {"kernel": array(6, 9)}, "empty": array(0, 3)}
 
 
-def test_grouping_equals_the_loop_in_order():
-    calls = []
-
-    def function(setting, item):
-        calls.append(setting)
-        sign = {"a": 1, "b": -1}[setting]
-        return jax.tree.map(lambda leaf: (sign * leaf, jnp.sum(leaf)), item)
-
-    settings, arrays = zip(*items(), strict=True)
-    expected = [function(s, x) for s, x in zip(settings, arrays, strict=True)]
-    calls.clear()
-    results = map_grouped(function, settings, arrays)
-    # Seven kinds: a matrix, its transpose, the matrix in bfloat16, three trees; and "b".
-    assert len(calls) == 7 and calls.count("b") == 1
-    assert len(results) == len(expected)
-    for got, want in zip(results, expected, strict=True):
-        assert jax.tree.structure(got) == jax.tree.structure(want)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            np.testing.assert_allclose(a, b, rtol=1e-6)
+PARAMS = tree()
+DTYPES = [jnp.float32, jnp.bfloat16]
 
 
-def test_nothing_maps_to_nothing_and_one_item_to_one_call():
-    assert map_grouped(lambda s, x: x, [], []) == []
-    one = jnp.arange(3.0)
-    assert map_grouped(lambda s, x: x, [None], [one])[0] is one
+def grouping(params, setting=lambda path: "a"):
+    return Grouping.of(params, [setting(path) for path, _ in jax.tree.leaves_with_path(params)])
 
 
-def test_a_setting_for_each_item():
-    with pytest.raises(ValueError):
-        map_grouped(lambda s, x: x, ["a"], [jnp.ones(2), jnp.ones(2)])
+def test_equal_settings_shapes_and_dtypes_make_a_group_named_by_its_first_leaf():
+    found = grouping(PARAMS)
+    assert found.members == {
+        "blocks.0.down.bias+1": (0, 3),
+        "blocks.0.down.kernel+1": (1, 4),
+        "blocks.0.up.kernel+2": (2, 5, 7),
+        "empty": (6,),
+    }
+    apart = grouping(PARAMS, lambda path: "head" in str(path))
+    assert apart.members["blocks.0.up.kernel+1"] == (2, 5) and apart.members["head.kernel"] == (7,)
+    narrow = {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"].astype(jnp.bfloat16)}}
+    assert grouping(narrow).members["head.kernel"] == (7,)
 
 
-def test_rows_of_a_group_do_not_meet():
-    # A sum over the item alone: a call that were not mapped would add up all the rows.
-    rows = [jnp.full((2,), float(i)) for i in range(4)]
-    sums = map_grouped(lambda s, x: jnp.sum(x), [0] * 4, rows)
-    assert [float(s) for s in sums] == [0.0, 2.0, 4.0, 6.0]
+def test_to_stack_and_to_unstack_are_inverses():
+    found = grouping(PARAMS)
+    stacked = found.stack(PARAMS)
+    assert {name: leaf.shape for name, leaf in stacked.items()} == {
+        "blocks.0.down.bias+1": (2, 6),
+        "blocks.0.down.kernel+1": (2, 9, 6),
+        "blocks.0.up.kernel+2": (3, 6, 9),
+        "empty": (1, 0, 3),
+    }
+    jax.tree.map(np.testing.assert_array_equal, found.unstack(stacked), PARAMS)
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert found.stack(shapes) == jax.eval_shape(lambda: stacked)
+    assert found.stack({}) == {}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_each_layer_is_treated_by_itself(layers, in_place):
+    x = jnp.arange(layers * 4.0).reshape(layers, 4)
+    result = jax.jit(lambda x: each_layer(jnp.cumsum, x, in_place=in_place))(x)
+    np.testing.assert_array_equal(result, np.cumsum(x, axis=1))
+
+
+SETTINGS = {
+    "by the data": ef21.TopK(0.2) >> ef21.Natural(nearest=True),
+    "at random": ef21.RankK(0.4) >> ef21.Natural(),
+    "shared": ef21.RandK(0.3, shared=True),
+    "by blocks": ef21.BlockTopK(1, 4) >> ef21.BlockNatural(),
+    "one of each": [ef21.TopK(0.2), ef21.RandK(0.3), ef21.Natural(), ef21.Identity()] * 2,
+}
+NORMS = {2: ef21.Scaled(ef21.Spectral(), 2.0), 1: ef21.RMS()}
+
+
+def setting(name):
+    chosen = SETTINGS[name]
+    if isinstance(chosen, list):
+        return jax.tree.structure(PARAMS).unflatten(chosen)
+    return chosen
+
+
+def norms(params):
+    return jax.tree.map(lambda leaf: NORMS[leaf.ndim], params)
+
+
+def assemble(uplink, downlink, norms):
+    feedback = ef21.ef21(uplink)
+    return ef21.distribute(
+        worker=optax.chain(ef21.worker_momentum(0.8), feedback.worker),
+        server=optax.chain(feedback.server, ef21.lmo_step(norms, 0.1)),
+        downlink=ef21.ef21_p(downlink),
+        axis_name="workers",
+    )
+
+
+@functools.cache
+def compiled(tx):
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, None
+
+    return jax.jit(ef21.spmd(step))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_grouped_run_equals_the_ungrouped_one_leaf_by_leaf(name):
+    up, down = setting(name), ef21.RandK(0.9) >> ef21.Natural()
+    alone = assemble(up, down, norms)
+    together = ef21.grouped(
+        assemble,
+        uplink=(up, ef21.Compressor),
+        downlink=(down, ef21.Compressor),
+        norms=(norms, ef21.Norm),
+    )
+    carries = [(PARAMS, ef21.replicate(tx.init(PARAMS), 3)) for tx in (alone, together)]
+    for seed in (1, 2):
+        gradients = tree(leading=(3,), seed=seed)
+        carries = [
+            compiled(tx)(*carry, gradients)[:2]
+            for tx, carry in zip((alone, together), carries, strict=True)
+        ]
+    (params, state), (same_params, stacked) = carries
+    unstack = lambda part: together.unstack(part, PARAMS)  # noqa: E731
+    pairs = [
+        (same_params, params),
+        (jax.vmap(unstack)(stacked.worker[1].estimate), state.worker[1].estimate),
+        (unstack(stacked.server[0].estimate), state.server[0].estimate),
+        (unstack(stacked.downlink.residual), state.downlink.residual),
+    ]
+    for a, b in pairs:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+    assert alone.messages(PARAMS)[0].keys() == together.messages(PARAMS)[0].keys()
+    ledgers = [ef21.ledger.bytes_per_step(tx, PARAMS) for tx in (alone, together)]
+    assert ledgers[0] == ledgers[1]
+
+
+def program(layers):
+    tx = ef21.ef21_muon(0.1, uplink=ef21.TopK(0.2) >> ef21.Natural(), rules=RULES)
+    params = tree(layers)
+    lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+    return lowered.as_text().splitlines()
+
+
+RULES = (
+    ef21.Rule("vector", ef21.RMS(), ndims=(1,), compress=False),
+    ef21.Rule("matrix", ef21.Spectral()),
+)
+
+
+def test_the_program_grows_by_what_it_takes_to_stack_a_layer_and_to_unstack_it():
+    few, many = program(2), program(12)
+    assert [sum("dot_general" in line for line in lines) for lines in (few, many)][0] > 0
+    for kind in ("dot_general", "while", "sort", "reduce(", "select"):
+        assert sum(kind in line for line in few) == sum(kind in line for line in many), kind
+    # Of each leaf: an argument, a broadcast to stack it, a slice and a reshape to unstack it.
+    assert (len(many) - len(few)) / (10 * 3) <= 4

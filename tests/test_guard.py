@@ -107,7 +107,7 @@ def test_a_refused_message_counts_as_zero_in_the_mean():
     clean = gradients(0)
     _, state = rounds("gluon", [spoiled(clean, 1, np.nan)])
     others = jax.tree.map(lambda g: (g[0] + g[2] + g[3]) / WORKERS, clean)
-    momentum = state.server[0].momentum
+    momentum = METHODS["gluon"].unstack(state.server[0].momentum, PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), momentum, others)
 
 

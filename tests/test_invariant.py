@@ -37,30 +37,34 @@ UPLINK = {repr(c): c for c in one_of_each_kind()}
 PARAMS = {name: np.zeros(SHAPE, np.float32) for name in UPLINK}
 
 
+TX = ef21.ef21_sgdm(1e-3, momentum=0.5, uplink=UPLINK, axis_name="workers")
+
+
 @functools.cache
 def trained():
     """The state after many steps of noise, and whether the messages were ever refused."""
-    tx = ef21.ef21_sgdm(1e-3, momentum=0.5, uplink=UPLINK, axis_name="workers")
 
     def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
+        updates, state = TX.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, None
 
     def one(carry, noise):
         batch = {name: noise for name in PARAMS}
         return ef21.spmd(step)(*carry, batch)[:2], None
 
-    carry = (PARAMS, ef21.replicate(tx.init(PARAMS), WORKERS))
+    carry = (PARAMS, ef21.replicate(TX.init(PARAMS), WORKERS))
     noise = np.random.default_rng(0).normal(size=(100, WORKERS, *SHAPE)).astype(np.float32)
     return jax.jit(lambda carry: jax.lax.scan(one, carry, noise)[0])(carry)[1]
 
 
 def estimates(state):
     """G_j, with a leading axis of workers, and G."""
-    return state.worker[1].estimate, state.server[0].estimate
+    unstack = lambda estimate: TX.unstack(estimate, PARAMS)  # noqa: E731
+    return jax.vmap(unstack)(state.worker[1].estimate), unstack(state.server[0].estimate)
 
 
 def with_estimates(state, mine, theirs):
+    mine, theirs = jax.vmap(TX.stack)(mine), TX.stack(theirs)
     return state._replace(
         worker=(state.worker[0], ef21.EF21State(mine)),
         server=(ef21.EF21State(theirs), *state.server[1:]),
@@ -141,7 +145,7 @@ def gradients():
 
 
 def fresh():
-    return ef21.ef21_sgdm(0.1, uplink=ef21.TopK(0.2), axis_name="workers").init(PARAMS)
+    return TX.init(PARAMS)
 
 
 def test_a_warm_start_sets_estimates_and_momenta_to_the_gradients_and_keeps_the_types():
@@ -149,12 +153,14 @@ def test_a_warm_start_sets_estimates_and_momenta_to_the_gradients_and_keeps_the_
     given = jax.tree.map(
         lambda g: (g * jnp.arange(3.0)[:, None, None]).astype(jnp.bfloat16), gradients()
     )
-    warm = ef21.warm_start(cold, given)
-    momentum, estimate = warm.worker
+    warm = ef21.warm_start(TX, cold, given)
+    momentum = warm.worker[0]
+    estimate, mean = estimates(warm)
+    of_momentum = jax.vmap(lambda m: TX.unstack(m, PARAMS))(momentum.momentum)
     for name, g in given.items():
-        np.testing.assert_array_equal(momentum.momentum[name], g.astype(jnp.float32))
-        np.testing.assert_array_equal(estimate.estimate[name], g.astype(jnp.float32))
-        np.testing.assert_array_equal(warm.server[0].estimate[name], np.ones(SHAPE))
+        np.testing.assert_array_equal(of_momentum[name], g.astype(jnp.float32))
+        np.testing.assert_array_equal(estimate[name], g.astype(jnp.float32))
+        np.testing.assert_array_equal(mean[name], np.ones(SHAPE))
     np.testing.assert_array_equal(momentum.count, np.ones(WORKERS))
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(lambda: tree))  # noqa: E731
     assert types(warm) == types(cold)
@@ -163,12 +169,13 @@ def test_a_warm_start_sets_estimates_and_momenta_to_the_gradients_and_keeps_the_
 
 def test_a_warm_start_from_gradients_that_do_not_fit_is_refused():
     with pytest.raises(
-        ValueError, match=r"has shape \(3, 12, 20\), the state's estimate \(12, 20\)"
+        ValueError, match=r"has shape \(1, 3, 12, 20\), the state's estimate \(1, 12, 20\)"
     ):
-        ef21.warm_start(fresh(), gradients())
-    with pytest.raises(
-        ValueError, match=r"has shape \(12, 20\), the state's estimate \(3, 12, 20\)"
-    ):
-        ef21.warm_start(ef21.replicate(fresh(), WORKERS), PARAMS)
+        ef21.warm_start(TX, fresh(), gradients())
+    replicated = ef21.replicate(fresh(), WORKERS)
+    with pytest.raises(ValueError, match=r"shape \(12, 20\).*leading axis of the 3 workers"):
+        ef21.warm_start(TX, replicated, PARAMS)
     with pytest.raises(ValueError, match="Gradients have structure"):
-        ef21.warm_start(ef21.replicate(fresh(), WORKERS), {"other": jnp.ones((3, 2))})
+        few = {name: gradients()[name] for name in list(PARAMS)[:2]}
+        tx = ef21.ef21_sgd(0.1, uplink=ef21.TopK(0.1))
+        ef21.warm_start(tx, ef21.replicate(tx.init(PARAMS), WORKERS), few)

@@ -52,7 +52,7 @@ def test_every_worker_draws_its_own_and_all_receive_the_same():
     gradients = {name: np.stack([g] * 4) for name, g in GRADIENTS.items()}
     state = ef21.replicate(tx.init(PARAMS), 4)
     _, state, updates = jax.jit(ef21.spmd(step))(PARAMS, state, gradients)
-    estimates = state.worker[0].estimate
+    estimates = jax.vmap(lambda e: tx.unstack(e, PARAMS))(state.worker[0].estimate)
     assert distinct([*estimates["a"], *estimates["b"]])
     for name in PARAMS:
         np.testing.assert_array_equal(updates[name], np.stack([updates[name][0]] * 4))

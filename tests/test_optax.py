@@ -273,7 +273,8 @@ def test_partition_gives_each_part_its_own_optimizer():
 
 def test_a_chain_clips_each_workers_gradient_before_it_is_compressed():
     clip = optax.clip_by_global_norm(1.0)
-    tx = optax.chain(clip, ef21.ef21_sgdm(RATE, uplink=TOP, axis_name="workers"))
+    ours = ef21.ef21_sgdm(RATE, uplink=TOP, axis_name="workers")
+    tx = optax.chain(clip, ours)
 
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
@@ -282,12 +283,13 @@ def test_a_chain_clips_each_workers_gradient_before_it_is_compressed():
     batch = stack(normal(1), normal(2))
     state = ef21.replicate(tx.init(PARAMS), 2)
     _, state, _ = jax.jit(ef21.spmd(step))(PARAMS, state, batch)
-    momentum, _ = ef21.find_state(state).worker
+    momentum = ef21.find_state(state).worker[0].momentum
+    momentum = jax.vmap(lambda m: ours.unstack(m, PARAMS))(momentum)
     for j in range(2):
         norm = np.sqrt(sum(np.sum(np.square(g[j])) for g in jax.tree.leaves(batch)))
         assert norm > 1
         assert_same(
-            jax.tree.map(lambda m, j=j: m[j], momentum.momentum),
+            jax.tree.map(lambda m, j=j: m[j], momentum),
             jax.tree.map(lambda g, j=j, norm=norm: np.asarray(g[j]) / norm, batch),
             1e-6,
         )
@@ -303,7 +305,7 @@ def test_narrow_parameters_follow_a_float32_master_copy(optimized, dtype):
     def follow(params):
         gradients = jnp.ones((4000, 8), params.dtype)
         path, state = run(tx, params, gradients)
-        return path[-1], ef21.server_params(path[-1], state)
+        return path[-1], ef21.server_params(tx, path[-1], state)
 
     narrow, master = follow(start)
     _, expected = follow(start.astype(jnp.float32))
@@ -344,7 +346,8 @@ def test_a_train_state_saved_as_bytes_goes_on_bit_for_bit():
     assert through.step == 4
     assert ef21.check_invariant(through) < 1e-6
     residual = ef21.find_state(through).downlink.residual
-    X = ef21.server_params(through.params, through)
+    X = ef21.server_params(tx, through.params, through)
+    residual = tx.unstack(residual, PARAMS)
     assert_same(X, jax.tree.map(jnp.add, through.params, residual))
 
 
@@ -407,14 +410,19 @@ def test_fewer_than_one_worker_is_refused(num_workers):
         ef21.replicate(state, num_workers)
 
 
-def test_the_ledger_takes_only_what_distribute_makes_and_says_so():
+def test_only_what_distribute_makes_can_be_asked_and_says_so():
     chain = optax.chain(optax.clip(1.0), optimizer("ef21_sgd"))
-    with pytest.raises(ValueError, match="got GradientTransformationExtraArgs. Of a chain"):
-        ef21.ledger.bytes_per_step(chain, PARAMS)
+    for call in (
+        lambda: ef21.ledger.bytes_per_step(chain, PARAMS),
+        lambda: ef21.server_params(chain, PARAMS, chain.init(PARAMS)),
+        lambda: ef21.warm_start(chain, chain.init(PARAMS), PARAMS),
+    ):
+        with pytest.raises(ValueError, match="got GradientTransformationExtraArgs. Of a chain"):
+            call()
 
 
 @pytest.mark.parametrize("states", [0, 2])
 def test_one_distributed_state_is_looked_for(states):
-    state = optimizer("ef21_sgd").init(PARAMS)
+    tx = optimizer("ef21_sgd")
     with pytest.raises(ValueError, match=f"found {states}: pass the optimizer's state"):
-        ef21.server_params(PARAMS, [state] * states)
+        ef21.server_params(tx, PARAMS, [tx.init(PARAMS)] * states)
