@@ -18,9 +18,6 @@ def _static():
     return dataclasses.field(metadata={"static": True})
 
 
-_FEW = 32  # so many rows of a group are written out one by one; more would be a long program
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(Message):
@@ -46,18 +43,18 @@ class BlockSparse(Message):
         skewed = Skewed(x.size, block)
         count = min(count, skewed.depth)
         bits = _packing.to_bits(x.ravel())
-        if count == 1 and skewed.depth <= _FEW:
+        if count == 1:
             kept, rows = _largest_of_each(skewed, bits)
+            kept = kept[0]
         else:
             kept, rows = _largest_few_of_each(skewed, bits, count)
-            kept = kept[0] if count == 1 else kept
         packed = _packing.pack_lanes(rows.astype(jnp.uint8).ravel(), _width(skewed))
         return BlockSparse(Floats(kept, x.dtype), packed, block, x.shape, x.dtype)
 
     @staticmethod
     def resolution(count: int, depth: int) -> float:
         """By which part of themselves entries may differ and be taken for equals, at most."""
-        return 0.0 if count == 1 and depth <= _FEW else 2.0 ** ((depth - 1).bit_length() - 24)
+        return 0.0 if count == 1 else 2.0 ** ((depth - 1).bit_length() - 24)
 
     @property
     def information(self) -> float:
@@ -76,12 +73,13 @@ class BlockSparse(Message):
         rows = _packing.unpack_lanes(self.rows, _width(skewed), values.size)
         values = values.reshape(-1, skewed.groups)
         rows = rows.reshape(values.shape).astype(jnp.int32)
-        columns = jnp.arange(skewed.groups, dtype=jnp.int32)[None, :]
-        # As bits, and `set`: see `Positions.place`.
-        bits = _packing.to_bits(values)
-        zeros = jnp.zeros((skewed.depth, skewed.groups), bits.dtype)
-        dense = skewed.merge(zeros.at[rows, columns].set(bits)).reshape(self.shape)
-        return _packing.from_bits(dense, self.dtype)
+        positions = rows * skewed.groups + jnp.arange(skewed.groups, dtype=jnp.int32)[None, :]
+        # As bits, and `set`: see `Positions.place`. One of each group is never one of another,
+        # but k of a group are all one in an all-zero message.
+        bits, distinct = _packing.to_bits(values), len(values) == 1
+        zeros = jnp.zeros((math.prod(self.shape),), bits.dtype)
+        dense = zeros.at[positions].set(bits, mode="drop", unique_indices=distinct)
+        return _packing.from_bits(dense.reshape(self.shape), self.dtype)
 
 
 def _width(skewed):
@@ -89,18 +87,12 @@ def _width(skewed):
 
 
 def _largest_of_each(skewed, bits):
-    """The bits of the largest of each group and its row: both (groups,). One pass."""
-    # Magnitudes order as their bits do.
-    magnitude = _packing.magnitude_mask(bits.dtype)
-    first, *others = skewed.rows(bits)
-    best, size, row = first, first & magnitude, jnp.zeros(first.shape, jnp.uint32)
-    for i, other in enumerate(others, start=1):
-        other_size = other & magnitude
-        better = other_size > size
-        best = jnp.where(better, other, best)
-        size = jnp.where(better, other_size, size)
-        row = jnp.where(better, jnp.uint32(i), row)
-    return best, row
+    """The bits of the largest of each group and its row: both (1, groups)."""
+    # Magnitudes order as their bits do. By a reduction, whose result is kept: what is written out
+    # row by row would be found anew by each of those who need it.
+    split = skewed.split(bits)
+    rows = jnp.argmax(split & _packing.magnitude_mask(bits.dtype), axis=0, keepdims=True)
+    return jnp.take_along_axis(split, rows, axis=0), rows
 
 
 def _largest_few_of_each(skewed, bits, count):

@@ -35,7 +35,7 @@ class BlockTopK(Compressor):
     that is sent.
 
     Raises:
-      ValueError: unless 1 <= count < block <= 256; or for a leaf of 2**31 groups or more.
+      ValueError: unless 1 <= count < block <= 256; or for a leaf of 2**31 entries or more.
     """
 
     count: int = 1
@@ -49,7 +49,7 @@ class BlockTopK(Compressor):
         del key
         if x.size == 0:
             return Floats.of(x)
-        check_indexable(self, x.shape, Skewed(x.size, self.block).groups)
+        check_indexable(self, x.shape, x.size)
         return _lighter(BlockSparse.of(x, self.count, self.block), x)
 
     def contraction(self, shape, norm=None):
