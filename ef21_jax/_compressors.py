@@ -8,10 +8,6 @@ schedule.
 give that of the Euclidean norm, the family B_2(α). `contraction(shape, norm)` gives the one in the
 norm of a layer, B(α); for B_*(α) pass the norm that is dual to it: `Nuclear()` for `Spectral()`,
 `L1()` for `Sign()`, `Mixed(p*, q*)` for `Mixed(p, q)`.
-
-It holds for entries that are zero or normal floats: machines differ in whether they take subnormal
-ones for zero. And what a compressor makes of finite entries is finite: where it would exceed the
-largest float it becomes that, which α does not account for.
 """
 
 import abc

@@ -36,21 +36,3 @@ def without_overflow(y: jax.Array, x: jax.Array) -> jax.Array:
     """`y`, with the largest float where it is infinite and `x` is not."""
     largest = jnp.copysign(jnp.asarray(jnp.finfo(y.dtype).max, y.dtype), y)
     return jnp.where(jnp.isinf(y) & jnp.isfinite(x), largest, y)
-
-
-def finite_einsum(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum` of two arrays in full precision; of finite ones it is finite.
-
-    Entries that would exceed the largest float become that. `a` is of moderate size, as an
-    orthonormal basis is; `b` may be as large as it likes. The last two axes of `b` are those of its
-    matrices; the first is summed over if its letter is w.
-    """
-    # By a power of two to where sums cannot overflow, and back.
-    middle = 2.0 ** (jnp.finfo(b.dtype).maxexp // 2)
-    summed = (0,) if form.startswith("w") else ()
-    largest = jnp.max(jnp.abs(b), axis=(*summed, -2, -1), keepdims=True, initial=0.0)
-    down, up = (
-        jnp.where(largest > middle, factor, 1.0).astype(b.dtype) for factor in (1 / middle, middle)
-    )
-    product = jnp.einsum(form, a, b * down, precision="highest")
-    return without_overflow(product * (up[0] if summed else up), product)

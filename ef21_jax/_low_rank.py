@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compressors import Compressor, check_fraction, contraction_of_values, kept
-from ._dtypes import at_least_float32, finite_einsum, without_overflow
+from ._dtypes import at_least_float32
 from ._geometry import from_euclidean, schatten_exponent, squared
 from ._messages import Floats, LowRank, Subspace
 from ._polar import orthogonalize, over_largest, polar_express, unit_scale
@@ -175,11 +175,10 @@ class RandomSubspace(Compressor):
                 f"{x.shape}. Split the leaf, or stack it along a leading axis."
             )
         dtype = at_least_float32(x.dtype)
-        form = "mr,...mn->...rn" if x.shape[-2] <= x.shape[-1] else "nr,...mn->...rm"
+        form = "...mn,mr->...rn" if x.shape[-2] <= x.shape[-1] else "...mn,nr->...rm"
         basis = Subspace.basis(directions, dtype)
-        coefficients = finite_einsum(form, basis, x.astype(dtype))
-        coefficients = without_overflow(coefficients.astype(x.dtype), coefficients)
-        return Subspace(Floats.of(coefficients), directions, x.shape)
+        coefficients = jnp.einsum(form, x.astype(dtype), basis, precision="highest")
+        return Subspace(Floats.of(coefficients.astype(x.dtype)), directions, x.shape)
 
     def contraction(self, shape, norm=None):
         if not _is_matrix(shape):
@@ -258,8 +257,7 @@ def _products(x):
 def _low_rank(factors, largest, x):
     """The message of factors (shorter side, longer side), whose longer one lacks `largest`."""
     short, long = factors
-    long = without_overflow((long * largest).astype(x.dtype), long)
-    left, right = (short, long) if x.shape[-2] <= x.shape[-1] else (long, short)
+    left, right = (short, long * largest) if x.shape[-2] <= x.shape[-1] else (long * largest, short)
     return LowRank(Floats.of(left.astype(x.dtype)), Floats.of(right.astype(x.dtype)), x.shape)
 
 

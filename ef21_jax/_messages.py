@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _packing
-from ._dtypes import at_least_float32, finite_einsum, without_overflow
+from ._dtypes import at_least_float32
 from ._grouping import each_layer
 from ._positions import EliasFano, Mask, Positions, Strata
 
@@ -174,20 +174,16 @@ class LowRank(Message):
     shape: tuple[int, ...] = _static()
 
     def dense(self):
-        return self._product("...mr,...nr->...mn", self.left.dense(), self.right.dense())
+        product = jnp.einsum(
+            "...mr,...nr->...mn", self.left.dense(), self.right.dense(), precision="highest"
+        )
+        return product.reshape(self.shape)
 
     def total(self):
         # One product of the n factors side by side.
         left, right = (jax.vmap(dense)(factor) for factor in (self.left, self.right))
-        return self._product("w...mr,w...nr->...mn", left, right)
-
-    def _product(self, form, left, right):
-        # The factor of the longer side is the one that carries the size.
-        first, second = form[: form.index("-")].split(",")
-        m, n = self.shape[-2:]
-        if m > n:
-            form, left, right = f"{second},{first}{form[form.index('-') :]}", right, left
-        return finite_einsum(form, left, right).reshape(self.shape)
+        product = jnp.einsum("w...mr,w...nr->...mn", left, right, precision="highest")
+        return product.reshape(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -385,8 +381,8 @@ class Subspace(Message):
     def _product(self, worker, basis, values):
         m, n = self.shape[-2:]
         form = f"{worker}sr,{worker}...rl->...{'sl' if m <= n else 'ls'}"
-        product = finite_einsum(form, basis, values.astype(basis.dtype))
-        return without_overflow(product.astype(values.dtype), product)
+        product = jnp.einsum(form, basis, values.astype(basis.dtype), precision="highest")
+        return product.astype(values.dtype)
 
     @property
     def summable(self):
