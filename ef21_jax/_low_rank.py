@@ -8,6 +8,10 @@ direction no less weight than any of a smaller singular value, then in the Schat
 with w the weights, which add up to r: the trace of a concave function is concave (Jensen), and the
 mean of a product of what rises and what falls is at most the product of the means (Chebyshev).
 Since nothing expands, ‖X − PX‖_p <= ‖X‖_p, so α = 1 − (1 − r/s)^(p/2), which is r/s for p = 2.
+
+PX may have entries that are √s times as large as those of X, and factors as many times. Where they
+would come within four of the largest float, a smaller multiple of PX is sent: still a contraction,
+but α holds for matrices whose entries are all below 1 / (4 √s) of the largest float.
 """
 
 import dataclasses

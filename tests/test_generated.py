@@ -105,6 +105,7 @@ FAMILIES = (
     "one row",
     "one column",
     "rank one",
+    "flat spectrum",
     "every scale",
     "rows of every scale",
     "special",
@@ -120,7 +121,7 @@ def made(recipe, shape, dtype):
     scale = 2.0 ** (abs(recipe.percent) * exponents[recipe.percent > 0] // 100)
     normal = np.clip(rng.standard_normal(shape), -4, 4)
     signs = np.where(normal < 0, -1.0, 1.0)
-    row, column = (np.indices(shape)[-2:] if len(shape) >= 2 else np.zeros((2, *shape), int))
+    row, column = np.indices(shape)[-2:] if len(shape) >= 2 else np.zeros((2, *shape), int)
     number = np.arange(normal.size).reshape(shape)
     x = scale * normal
     match recipe.family:
@@ -149,6 +150,10 @@ def made(recipe, shape, dtype):
         case "rank one":
             of_row, of_column = rng.uniform(-2, 2, (2, 32))
             x = scale * of_row[row] * of_column[column]
+        case "flat spectrum" if len(shape) >= 2 and x.size:
+            wide = shape[-2] < shape[-1]
+            q = np.linalg.qr(np.swapaxes(normal, -1, -2) if wide else normal)[0]
+            x = scale * (np.swapaxes(q, -1, -2) if wide else q)
         case "every scale":
             x = signs * np.exp2(rng.uniform(*exponents, shape))
         case "rows of every scale":
@@ -281,11 +286,10 @@ class Tally:
         self.inputs = 0
         self.excess = collections.defaultdict(list)
 
-    def add(self, compressor, batch, excess):
-        """`excess`: shape (arrays of the batch, draws)."""
-        for recipe, of_array in zip(batch, excess, strict=True):
-            self.excess[compressor, recipe.family].append(of_array)
-            self.excess[compressor, "all"].append(of_array)
+    def add(self, compressor, recipe, excess):
+        """`excess`: shape (draws,)."""
+        self.excess[compressor, recipe.family].append(excess)
+        self.excess[compressor, "all"].append(excess)
 
     def broken(self):
         """Where the mean is positive, by an empirical Bernstein bound (Maurer, Pontil 2009).
@@ -295,8 +299,8 @@ class Tally:
         most. With l = 24.5 the first term is seven standard errors, and the probability 5e-11.
         """
         found = []
-        for (compressor, family), excess in self.excess.items():
-            excess = np.concatenate(excess)
+        for (compressor, family), of_arrays in self.excess.items():
+            excess = np.concatenate(of_arrays)
             n, spread = excess.size, max(1.0, np.ptp(excess))
             margin = 7 * excess.std(ddof=1) / math.sqrt(n) + 58 * spread / (n - 1)
             if excess.mean() > margin:
@@ -362,9 +366,10 @@ def broken(compressor, dtype, shape, batch, draws, tally):
     unit = times_power(x, exponent)
     size, zero = norms(unit)[:, None], np.all(unit.reshape(len(x), -1) == 0, axis=1)[:, None]
     promise("zero stays zero", zero & np.any(c.reshape(len(x), draws, -1), axis=2))
-    error = (times_power(c, exponent) - unit[:, None]).reshape(-1, *shape)
-    lost = norms(error).reshape(len(x), draws) - excepted(compressor, x, exponent, dtype)[:, None]
-    loss = (np.where(zero | ~finite, 0.0, np.maximum(0.0, lost)) / np.where(zero, 1, size)) ** 2
+    error = norms((times_power(c, exponent) - unit[:, None]).reshape(-1, *shape))
+    spared = excepted(compressor, x, exponent, dtype)[:, None]
+    lost = np.maximum(0.0, error.reshape(len(x), draws) - spared)
+    loss = (np.where(zero | ~finite, 0.0, lost) / np.where(zero, 1.0, size)) ** 2
     if never_expands(compressor):
         promise("no draw is further from x than zero is", loss - (1 + 1e-6))
     alpha = compressor.contraction(shape)
@@ -372,11 +377,13 @@ def broken(compressor, dtype, shape, batch, draws, tally):
         return found
     promise("α is in (0, 1]", each + (not 0 < alpha <= 1))
     excess = loss - (1 - alpha + rounding(compressor, dtype))
-    excess = np.where(scaled_down(compressor, x, dtype)[:, None], np.minimum(0.0, excess), excess)
-    if is_random(compressor):
-        tally.add(compressor, batch, excess)
-    else:
-        promise("α holds", excess)
+    tells = ~scaled_down(compressor, x, dtype)
+    if not is_random(compressor):
+        promise("α holds", np.where(tells[:, None], excess, 0.0))
+        return found
+    # An array of which nothing much is promised would only hide the others.
+    for i in np.flatnonzero(tells & (spared < 0.01 * size)[:, 0]):
+        tally.add(compressor, batch[i], excess[i])
     return found
 
 
