@@ -297,14 +297,18 @@ class Tally:
         Of n independent numbers in a range R the mean exceeds its expectation by more than
         √(2 V l / n) + 7 R l / (3 (n − 1)), V being their variance, with probability 2 exp(−l) at
         most. With l = 24.5 the first term is seven standard errors, and the probability 5e-11.
+        R is what was seen. None of the compressors here keeps all or nothing with a chance below
+        0.15, and that 200 draws are all of one kind has a chance of 0.85^200 = 8e-15.
         """
         found = []
         for (compressor, family), of_arrays in self.excess.items():
             excess = np.concatenate(of_arrays)
-            n, spread = excess.size, max(1.0, np.ptp(excess))
-            margin = 7 * excess.std(ddof=1) / math.sqrt(n) + 58 * spread / (n - 1)
+            n = excess.size
+            if n < 200:
+                continue
+            margin = 7 * excess.std(ddof=1) / math.sqrt(n) + 58 * np.ptp(excess) / (n - 1)
             if excess.mean() > margin:
-                found.append((compressor, family, float(excess.mean()), float(margin)))
+                found.append((compressor, family, n, float(excess.mean()), float(margin)))
         return found
 
 
@@ -413,7 +417,7 @@ def send_generated(compressor, dtype, shape, batches, draws, tally):
 @pytest.mark.parametrize("i", range(len(ALL)), ids=lambda i: repr(ALL[i]))
 def test_what_is_promised_holds_for_generated_inputs(i):
     tally = Tally()
-    send_generated(ALL[i], DTYPES[i % 4], SHAPES[i % 7], 2, 32, tally)
+    send_generated(ALL[i], DTYPES[i % 4], SHAPES[i % 6], 2, 64, tally)
     assert tally.inputs == 2 * BATCH
     assert not tally.broken()
 
@@ -421,16 +425,17 @@ def test_what_is_promised_holds_for_generated_inputs(i):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_what_is_promised_holds_for_a_hundred_thousand_inputs():
-    tally, n = Tally(), len(DTYPES)
+    tally = Tally()
     for i, compressor in enumerate(ALL):
-        for j, shape in enumerate(SHAPES):
-            dtype = DTYPES[(i + j + j // n) % n]
-            send_generated(compressor, dtype, shape, 4, 16, tally)
-        jax.clear_caches()
+        for j, shape in enumerate(SHAPES[i % 2 :: 2]):
+            send_generated(compressor, DTYPES[(i // 2 + j + j // 4) % 4], shape, 5, 16, tally)
+        jax.clear_caches()  # of programs that no other compressor needs
     for i, chain in enumerate(CHAINS):
-        dtype, shape = DTYPES[(i + i // len(THEN)) % n], SHAPES[(3 * i + i // len(THEN)) % 7]
-        send_generated(chain, dtype, shape, 2, 32, tally)
-        if i % len(THEN) == 0:
+        row, column = divmod(i, len(THEN))
+        send_generated(
+            chain, DTYPES[(row + column) % 4], SHAPES[(row + 3 * column) % 7], 2, 32, tally
+        )
+        if column == 0:
             jax.clear_caches()
     assert tally.inputs >= 100_000
     assert not tally.broken()
