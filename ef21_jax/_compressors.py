@@ -8,6 +8,10 @@ schedule.
 give that of the Euclidean norm, the family B_2(α). `contraction(shape, norm)` gives the one in the
 norm of a layer, B(α); for B_*(α) pass the norm that is dual to it: `Nuclear()` for `Spectral()`,
 `L1()` for `Sign()`, `Mixed(p*, q*)` for `Mixed(p, q)`.
+
+It holds for entries that are zero or normal floats, of float32 for narrower ones: any that is
+subnormal may become zero. What is computed, and not only chosen, is rounded by the spacing of its
+dtype: near zero, in float16, that may be much of it.
 """
 
 import abc
@@ -182,8 +186,9 @@ class Natural(Compressor):
     Or to the `nearest`, at most a third of the entry away: α = 8/9, in every absolute norm.
 
     Exponents count down from the largest in the leaf; 127 binades are kept, and what is smaller
-    than 2**-126 of the largest entry, or subnormal, becomes zero: α holds up to that. Where the
-    dense array would weigh no more (two entries of 16 bits, or none at all), that is sent.
+    than 2**-126 of the largest entry, or subnormal, becomes zero. What would round up past the
+    largest finite power of two becomes that power. α holds up to both. Where the dense array would
+    weigh no more (two entries of 16 bits, or none at all), that is sent.
 
     Raises:
       ValueError: if random, for a leaf of 2**32 entries or more.

@@ -8,6 +8,10 @@ direction no less weight than any of a smaller singular value, then in the Schat
 with w the weights, which add up to r: the trace of a concave function is concave (Jensen), and the
 mean of a product of what rises and what falls is at most the product of the means (Chebyshev).
 Since nothing expands, ‖X − PX‖_p <= ‖X‖_p, so α = 1 − (1 − r/s)^(p/2), which is r/s for p = 2.
+
+PX may have entries that are √s times as large as those of X, and factors as many times. Where they
+would come within four of the largest float, a smaller multiple of PX is sent: still a contraction,
+but α holds for matrices whose entries are all below 1 / (4 √s) of the largest float.
 """
 
 import dataclasses
@@ -174,10 +178,11 @@ class RandomSubspace(Compressor):
                 f"{self!r} draws directions for matrices of fewer than 2**31 entries, got shape "
                 f"{x.shape}. Split the leaf, or stack it along a leading axis."
             )
-        dtype = at_least_float32(x.dtype)
+        unit, largest = _unit(x)
         form = "...mn,mr->...rn" if x.shape[-2] <= x.shape[-1] else "...mn,nr->...rm"
-        basis = Subspace.basis(directions, dtype)
-        coefficients = jnp.einsum(form, x.astype(dtype), basis, precision="highest")
+        basis = Subspace.basis(directions, unit.dtype)
+        coefficients = jnp.einsum(form, unit, basis, precision="highest")
+        coefficients = _sized(coefficients, largest, -2, x.dtype)
         return Subspace(Floats.of(coefficients.astype(x.dtype)), directions, x.shape)
 
     def contraction(self, shape, norm=None):
@@ -257,8 +262,22 @@ def _products(x):
 def _low_rank(factors, largest, x):
     """The message of factors (shorter side, longer side), whose longer one lacks `largest`."""
     short, long = factors
-    left, right = (short, long * largest) if x.shape[-2] <= x.shape[-1] else (long * largest, short)
+    long = _sized(long, largest, -1, x.dtype)
+    left, right = (short, long) if x.shape[-2] <= x.shape[-1] else (long, short)
     return LowRank(Floats.of(left.astype(x.dtype)), Floats.of(right.astype(x.dtype)), x.shape)
+
+
+def _sized(coefficients, largest, axis, dtype):
+    """`coefficients` times `largest`; or times less, so that no product can overflow.
+
+    No entry of a product with an orthonormal basis exceeds the longest vector along `axis`, which
+    may be many times the largest entry of the matrix. A quarter of the largest float is its limit,
+    since `Natural` may double both factors. The whole matrix is scaled, and so still contracts.
+    """
+    length = jnp.sqrt(jnp.max(jnp.sum(jnp.square(coefficients), axis, keepdims=True), (-2, -1)))
+    limit = jnp.asarray(float(jnp.finfo(dtype).max) / 4, coefficients.dtype)
+    most = limit / jnp.maximum(length, jnp.ones_like(length))
+    return coefficients * jnp.minimum(largest, most[..., None, None])
 
 
 def _truncated(x, rank):
