@@ -6,3 +6,8 @@ after K iterations. Constants are Python numbers, so is what comes out; nothing 
 """
 
 from ._checks import nonnegative as nonnegative, positive as positive, share as share
+from ._normalized import (
+    EF21 as EF21,
+    NormalizedEF21 as NormalizedEF21,
+    moderate_gamma0 as moderate_gamma0,
+)
