@@ -36,7 +36,16 @@ def squared_gradient(losses, gradients, estimates):
 
 
 def descend(
-    method, problem, starts, step_sizes, iterations, *, uplink, measure=everything, chunk=None
+    method,
+    problem,
+    starts,
+    step_sizes,
+    iterations,
+    *,
+    uplink,
+    exact=False,
+    measure=everything,
+    chunk=None,
 ):
     """Yields what `measure` says of x⁰, …, x^K, in chunks; leaves (lanes, iterates of the chunk).
 
@@ -49,13 +58,14 @@ def descend(
       step_sizes: (lanes,).
       iterations: K.
       uplink: the workers' compressor.
+      exact: first estimates are the first gradients, v_i^{-1} = ∇f_i(x⁰), else zero.
       measure: like `everything`.
       chunk: iterates of one jitted call; None for all.
     """
     starts, step_sizes = jnp.asarray(starts, float), jnp.asarray(step_sizes, float)
     workers = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), problem.workers)
     settings = {"method": method, "uplink": uplink}
-    state = _init(starts, workers, **settings)
+    state = _init(starts, workers, loss=problem.loss, exact=exact, **settings)
     total = iterations + 1
     chunk = min(chunk or total, total)
     carry = starts, state
@@ -85,11 +95,17 @@ def lanes(*axes):
     return [axis[index.ravel()] for axis, index in zip(axes, at, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("method", "uplink"))
-def _init(starts, workers, *, method, uplink):
+@functools.partial(jax.jit, static_argnames=("method", "uplink", "loss", "exact"))
+def _init(starts, workers, *, method, uplink, loss, exact):
     n = len(jax.tree.leaves(workers)[0])
     tx = method(0.0, uplink=uplink, axis_name="workers")
-    return jax.vmap(lambda x: ef21.replicate(tx.init(x), n))(starts)
+
+    def one_lane(x):
+        state = ef21.replicate(tx.init(x), n)
+        gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(x, workers)
+        return ef21.warm_start(state, gradients) if exact else state
+
+    return jax.vmap(one_lane)(starts)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "uplink", "loss", "measure", "length"))

@@ -48,7 +48,7 @@ def nanogpt_table(path):
             f" To target: how many times fewer bytes\nthan uncompressed until test loss "
             f"{target['loss_x']:.4f}, which uncompressed has at step {target['step']}."
         )
-    return f"{_aligned(rows)}\n{note}"
+    return f"{aligned(rows)}\n{note}"
 
 
 def nanogpt_picture(path):
@@ -77,7 +77,7 @@ def nanogpt_picture(path):
     for axis in (left, right):
         axis.grid(color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, pathlib.Path(path).with_suffix(".png"))
+    return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
 def sweep_picture(path):
@@ -102,7 +102,7 @@ def sweep_picture(path):
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", frameon=False)
-    return _save(figure, pathlib.Path(path).with_suffix(".png"))
+    return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
 def _read(path):
@@ -166,7 +166,7 @@ def _times(ratio):
     return "–" if ratio is None else f"{ratio:.3g}×"
 
 
-def _aligned(rows):
+def aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -175,7 +175,7 @@ def _aligned(rows):
     return "\n".join(lines)
 
 
-def _save(figure, path):
+def save(figure, path):
     with records.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     return path
