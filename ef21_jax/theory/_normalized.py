@@ -47,6 +47,7 @@ class NormalizedEF21:
 
     def step_size(self, iterations: int) -> float:
         """γ = γ0 / √(K + 1), the same in every round: K must be known beforehand."""
+        nonnegative(iterations=iterations)
         return self.gamma0 / math.sqrt(iterations + 1)
 
     @property
@@ -146,6 +147,7 @@ class EF21:
 
         Arguments are those of `lyapunov` at k = 0.
         """
+        nonnegative(iterations=iterations)
         start = self.lyapunov(gap=gap, squared_distance=squared_distance)
         return math.sqrt(2 * start / (self.step_size * (iterations + 1)))
 
