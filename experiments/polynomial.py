@@ -1,8 +1,8 @@
 """Paper N's Figures 2, 3 and 4: normalized EF21 and EF21 on a polynomial, Top-1 of d = 4.
 
 Figure 2: the least K of a grid with which steps of length gamma0 / sqrt(K + 1) reach the accuracy
-‖∇f(x^k)‖² < ε at some k <= K. Figure 3: both methods at their theoretical step sizes. Figure 4: EF21
-with L0 in the place of a constant L that f has not. In double precision.
+‖∇f(x^k)‖² < ε at some k <= K. Figure 3: both methods at their theoretical step sizes. Figure 4:
+EF21 with L0 in the place of a constant L that f has not. In double precision.
 
 The first estimates v^{-1}, which Algorithm 1 leaves open, are the first gradients: so in the
 paper's comparison of the two methods. From zero EF21 escapes Figure 4's divergence at some starts.
