@@ -8,7 +8,7 @@ Algorithms Under Generalized Smoothness Assumptions".
 
 from importlib import metadata as _metadata
 
-from . import ledger as ledger
+from . import ledger as ledger, theory as theory
 from ._axes import varying as varying
 from ._compressors import (
     Chain as Chain,
