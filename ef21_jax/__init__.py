@@ -84,6 +84,7 @@ from ._optimizers import (
     normalize as normalize,
     normalized_ef21 as normalized_ef21,
     scion as scion,
+    sharp_step as sharp_step,
 )
 from ._polar import (
     JORDAN as JORDAN,
