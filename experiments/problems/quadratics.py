@@ -141,8 +141,8 @@ class Quadratics:
             |φ'(x) − φ'(y)| <= (1 + a √π + π a |x|) |x − y|,  |x| <= |φ'(x)| + a,
 
         so ℓ0 = 1 + a √π + π a², ℓ1 = π a for an entry, with s_j ℓ0 and ℓ1 for s_j φ. For all of
-        them, in Frobenius, these; in Sign, m k ℓ0 and ℓ1 (sums over entries); in Spectral both
-        times the rank, since ‖·‖_nuclear <= √r ‖·‖_F <= r ‖·‖_2.
+        them, in Frobenius, these; in Sign, m k ℓ0 and ℓ1 (sums over entries); in Spectral r ℓ0 and
+        √r ℓ1, with ‖·‖_nuclear <= √r ‖·‖_F, ‖D‖_F <= √r ‖D‖_2, and |d| <= ‖D‖_2 beside ∇f.
 
         Args:
           norm: Frobenius, Sign or Spectral where there is a chirp.
@@ -157,7 +157,8 @@ class Quadratics:
         a = self.chirp[0] / scales[0]
         rank, size = min(self.shape), math.prod(self.shape)
         of_l0, of_l1 = _lookup(
-            norm, {ef21.Frobenius: (1, 1), ef21.Sign: (size, 1), ef21.Spectral: (rank, rank)}
+            norm,
+            {ef21.Frobenius: (1, 1), ef21.Sign: (size, 1), ef21.Spectral: (rank, math.sqrt(rank))},
         )
         l0, l1 = 1 + a * math.sqrt(math.pi) + math.pi * a**2, math.pi * a
         L0_workers = tuple(float(of_l0 * l0 * scale) for scale in scales)
@@ -230,8 +231,8 @@ def waves(n: int, shape: tuple[int, int], *, seed: int = 0) -> Quadratics:
 
 
 def chirps(n: int, shape: tuple[int, int], *, seed: int = 0) -> Quadratics:
-    """s_j Σ ½ d² + ½ S(d): (L0, L1)-smooth, and not smooth."""
-    return _rippled(n, shape, seed, wave=0.0, chirp=0.5)
+    """s_j Σ ½ d² + S(d) / 32: (L0, L1)-smooth, and not smooth."""
+    return _rippled(n, shape, seed, wave=0.0, chirp=1 / 32)
 
 
 def _rippled(n, shape, seed, wave, chirp):
@@ -248,10 +249,10 @@ def _rippled(n, shape, seed, wave, chirp):
 
 
 def _kernel(rng, size):
-    """Positive definite, no entry negative; the largest eigenvalue is about thrice the least."""
+    """Positive definite, no entry negative; eigenvalues between 1 and 3/2."""
     factor = rng.uniform(0.0, 1.0, (size, size))
     gram = factor @ factor.T
-    return np.eye(size) + 2 * (gram + gram.T) / (2 * np.linalg.norm(gram, 2))
+    return np.eye(size) + (gram + gram.T) / (4 * np.linalg.norm(gram, 2))
 
 
 def _eigenvalues(kernels):
