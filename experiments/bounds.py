@@ -13,55 +13,65 @@ from ef21_jax import theory
 from experiments import descent
 
 
-def of_ef21(theorem, path, lower_bound):
-    """Of one step size for all K, so that one run has the left side at every K.
+def of_ef21(problem, alpha, path):
+    """EF21's step size is one for all K, so one run has the left side at every K.
 
     Args:
-      theorem: `theory.EF21`.
+      problem: with constants L, L_workers and a lower bound of f.
+      alpha: of the uplink.
       path: by `descent.path` at the theorem's step size; leaves (starts, K + 1).
-      lower_bound: of f.
     """
     measured = np.sqrt(np.minimum.accumulate(path["squared_gradient"], axis=1))
     ks = np.arange(measured.shape[1])
-    promised = [
-        [
-            theorem.bound(int(k), gap=loss - lower_bound, squared_distance=squared_distance)
-            for k in ks
-        ]
-        for loss, squared_distance in zip(
-            path["loss"][:, 0], path["squared_distance"][:, 0], strict=True
-        )
-    ]
-    return _record("EF21", measured, np.array(promised), ks, theorem.step_size)
+    promised = []
+    for loss, squares in zip(path["loss"][:, 0], path["squared_distance"][:, 0], strict=True):
+        theorem = ef21_of(problem, alpha, loss - problem.lower_bound)
+        psi = theorem.lyapunov(theorem.gap, estimates=squares)
+        promised.append([theorem.bound(int(K), psi) for K in ks])
+    return _record("EF21", measured, np.array(promised), ks, theorem.gamma)
 
 
 def of_normalized(problem, alpha, starts, iterations, *, uplink, gamma0=None):
     """The step size depends on K, so every K of a grid up to `iterations` is a run of its own.
 
+    First estimates are zero, so that both parts of V⁰ count.
+
     Args:
       problem: with constants L0, L1 and a lower bound of f and of every f_i.
       alpha: of the uplink.
       starts: (starts, d).
+      iterations: the largest K.
+      uplink: the workers' compressor.
       gamma0: None: that of `theory.moderate_gamma0`, with which the bound is of this world.
     """
     gamma0 = theory.moderate_gamma0(problem.L1, alpha) if gamma0 is None else gamma0
-    theorem = theory.NormalizedEF21(problem.L0, problem.L1, alpha, gamma0)
     ks = np.unique(np.geomspace(1, iterations, 7).round().astype(int))
-    start, k = descent.lanes(np.arange(len(starts)), ks)
-    step_sizes = [theorem.step_size(int(K)) for K in k]
+    start, K = descent.lanes(np.arange(len(starts)), ks)
+    steps = gamma0 / np.sqrt(K + 1)
     path = descent.path(
-        ef21.normalized_ef21, problem, starts[start], step_sizes, int(ks[-1]), uplink=uplink
+        ef21.normalized_ef21, problem, starts[start], steps, int(ks[-1]), uplink=uplink
     )
     best = np.minimum.accumulate(path["squared_gradient"], axis=1)
-    measured = np.sqrt(best[np.arange(len(k)), k])
-    promised = [
-        theorem.bound(int(K), gap=loss - problem.lower_bound, distance=distance)
-        for K, loss, distance in zip(k, path["loss"][:, 0], path["distance"][:, 0], strict=True)
-    ]
+    measured = np.sqrt(best[np.arange(len(K)), K])
+    promised = []
+    for k, loss, distance in zip(K, path["loss"][:, 0], path["distance"][:, 0], strict=True):
+        theorem = normalized_of(problem, alpha, gamma0, loss - problem.lower_bound)
+        psi = theorem.lyapunov(int(k), theorem.gap, estimates=distance)
+        promised.append(theorem.bound(int(k), psi))
     shape = len(starts), len(ks)
     return _record(
         "normalized EF21", measured.reshape(shape), np.reshape(promised, shape), ks, gamma0
     )
+
+
+def ef21_of(problem, alpha, gap=0.0):
+    """The theorem with the problem's constants."""
+    return theory.EF21(L=problem.L, L_workers=problem.L_workers, gap=gap, alpha=alpha)
+
+
+def normalized_of(problem, alpha, gamma0, gap=0.0):
+    """The theorem with the problem's constants; its lower bound is one of every f_i."""
+    return theory.NormalizedEF21(L0=problem.L0, L1=problem.L1, gap=gap, alpha=alpha, gamma0=gamma0)
 
 
 def _record(theorem, measured, promised, ks, size):

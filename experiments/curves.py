@@ -19,7 +19,8 @@ from experiments import plots, records
 # Okabe and Ito's colours, which the colour-blind tell apart, in the order of a panel's curves.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
-_POINTS = 200  # kept of a curve
+_POINTS = 150  # kept of a curve, evenly,
+_FIRST = 10  # and the first, in which a run may leave the floats
 _ROOM = 1e6  # a curve that rises is shown up to this many times the highest start
 
 
@@ -31,7 +32,8 @@ def curve(values, **about):
       about: `figure`, `panel` and `label`, and what else is to be kept.
     """
     last = values.shape[1] - 1
-    at = np.unique(np.linspace(0, last, min(_POINTS, last + 1)).round().astype(int))
+    even = np.linspace(0, last, min(_POINTS, last + 1)).round().astype(int)
+    at = np.union1d(even, np.arange(min(_FIRST, last + 1)))
     chosen = values[:, at]
     parts = {"median": np.median, "low": np.min, "high": np.max}
     lines = {name: _rounded(part(chosen, axis=0)) for name, part in parts.items()}
@@ -50,7 +52,7 @@ def _picture(path, name, lines):
     panels = {}
     for line in lines:
         panels.setdefault(line["panel"], []).append(line)
-    figure = Figure(figsize=(0.6 + 3.6 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(1.6 + 3.4 * len(panels), 3.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, own) in zip(axes, panels.items(), strict=True):
         axis.grid(color="0.92", linewidth=0.6)
@@ -62,7 +64,7 @@ def _picture(path, name, lines):
     axes[0].set_ylabel(lines[0]["y"])
     handles, labels = axes[0].get_legend_handles_labels()
     if labels:
-        columns = min(len(labels), 1 + len(panels))
+        columns = len(panels) if len(panels) < 3 else len(labels)
         figure.legend(handles, labels, loc="outside upper center", frameon=False, ncols=columns)
     return plots.save(figure, path.with_name(f"{path.stem}_{name}.png"))
 
@@ -81,6 +83,9 @@ def _bands(axis, lines):
     top = _ROOM * max(line["high"][0] for line in lines)
     if max(np.nanmax(_floats(line["high"])) for line in lines) > top:
         axis.set_ylim(top=top)
+    if lines[0].get("early"):
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set_xticks([0, 2, 4, 6, 8, 10, 100, 1000], ["0", "", "4", "", "8", "", "100", "1000"])
     axis.set_xlabel("iteration $k$")
 
 

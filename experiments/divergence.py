@@ -15,7 +15,6 @@ import numpy as np
 import tyro
 
 import ef21_jax as ef21
-from ef21_jax import theory
 from experiments import bounds, curves, descent, plots, records
 from experiments.problems.counterexample import Counterexample
 
@@ -50,21 +49,21 @@ def main(args=None):
     )
     command = records.command_line("experiments.divergence", args)
     settings = dataclasses.asdict(config) | {"json": str(config.json)}
-    theorem = theory.EF21(PROBLEM.L, PROBLEM.L_tilde, 1 / 3)
+    step_size = bounds.ef21_of(PROBLEM, 1 / 3).gamma
     with jax.enable_x64(True):
-        lines, paths = sweep(config, theorem)
+        lines, paths = sweep(config, step_size)
         starts = np.stack([PROBLEM.start(seed) for seed in range(config.seeds)])
         at_theorem = descent.path(
             ef21.ef21_sgd,
             PROBLEM,
             starts,
-            np.full(config.seeds, theorem.step_size),
+            np.full(config.seeds, step_size),
             config.iterations,
             uplink=UPLINK,
         )
-    kept = bounds.of_ef21(theorem, at_theorem, PROBLEM.lower_bound)
+    kept = bounds.of_ef21(PROBLEM, 1 / 3, at_theorem)
     records.write_lines(config.json, [records.header(settings, command), *lines, kept])
-    print(_table(config, theorem, paths))
+    print(_table(config, step_size, paths))
     print(f"Largest share of EF21's bound that was measured: {kept['largest_share']:.2g}")
     print(f"Wrote {config.json} and", *curves.pictures(config.json))
     half = config.iterations // 2  # by then a random start has come near to (1, 1, 1)
@@ -75,7 +74,7 @@ def main(args=None):
     print(f"target bounds_violated {kept['violations']}")
 
 
-def sweep(config, theorem):
+def sweep(config, step_size):
     """Lines of record, and by method ‖∇f‖², (multiples, seeds, K + 1)."""
     seeds, multiples = np.arange(config.seeds), np.asarray(config.multiples)
     multiple, seed = descent.lanes(multiples, seeds)
@@ -86,7 +85,7 @@ def sweep(config, theorem):
             method,
             PROBLEM,
             starts,
-            multiple * theorem.step_size,
+            multiple * step_size,
             config.iterations,
             uplink=UPLINK,
             measure=descent.squared_gradient,
@@ -99,7 +98,7 @@ def sweep(config, theorem):
                 panel=f"step {m:g} times EF21's",
                 label=label,
                 y="$\\|∇f(x^k)\\|^2$",
-                step_size=float(m * theorem.step_size),
+                step_size=float(m * step_size),
                 dash=int(label == "EF14"),
             )
             for m, own in zip(multiples, paths[label], strict=True)
@@ -107,17 +106,17 @@ def sweep(config, theorem):
     return sorted(lines, key=lambda line: line["step_size"]), paths
 
 
-def _table(config, theorem, paths):
+def _table(config, step_size, paths):
     """Of the example's own start: how many times longer the gradient is after a step."""
     rows = [("step", "1 + 11γ/6", *(f"{label}, a step" for label in paths), *paths)]
     for i, multiple in enumerate(config.multiples):
-        step_size = multiple * theorem.step_size
+        own = multiple * step_size
         growth = [(p[i, 0, -1] / p[i, 0, 0]) ** (0.5 / config.iterations) for p in paths.values()]
         last = [np.median(path[i, :, -1]) for path in paths.values()]
         rows.append(
             (
-                f"{step_size:.4g}",
-                f"{PROBLEM.growth(step_size):.6f}",
+                f"{own:.4g}",
+                f"{PROBLEM.growth(own):.6f}",
                 *(f"{x:.6f}" for x in growth),
                 *(f"{x:.3g}" for x in last),
             )

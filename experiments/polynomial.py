@@ -152,13 +152,12 @@ def compare(config, i):
     L1, iterations = config.L1[i], config.iterations[i]
     problem = Polynomial(config.L0, L1, DIMENSION)
     starts = _starts(config, problem)
-    normalized = theory.NormalizedEF21(config.L0, L1, ALPHA)
-    L = problem.L(REACH)
+    normalized = bounds.normalized_of(problem, ALPHA, 1.0)
     runs = {
-        "EF21, $L$": (ef21.ef21_sgd, theory.EF21(L, L, ALPHA).step_size),
+        "EF21, $L$": (ef21.ef21_sgd, _step_of_ef21(problem.L(REACH))),
         "normalized EF21, $γ_0 / \\sqrt{K + 1}$, $γ_0$ = 1": (
             ef21.normalized_ef21,
-            normalized.step_size(iterations),
+            normalized.gamma(iterations),
         ),
         "normalized EF21, $1 / 2c_1$": (ef21.normalized_ef21, 1 / (2 * normalized.c1)),
     }
@@ -173,11 +172,16 @@ def compare(config, i):
 
     found = lines("figure3", runs)
     if i == config.diverging:
-        wrong = theory.EF21(config.L0, config.L0, ALPHA).step_size
-        found += lines("figure4", {"EF21, $L_0$ for $L$": (ef21.ef21_sgd, wrong)})
+        wrong = {"EF21, $L_0$ for $L$": (ef21.ef21_sgd, _step_of_ef21(config.L0))}
+        found += lines("figure4", wrong)
         found += [line | {"figure": "figure4"} for line in found[1:3]]
+        found[3:] = [line | {"early": True} for line in found[3:]]
     kept = bounds.of_normalized(problem, ALPHA, starts, iterations, uplink=UPLINK)
     return [*found, kept | {"L1": L1}]
+
+
+def _step_of_ef21(L):
+    return theory.EF21(L=L, L_workers=(L,), gap=0.0, alpha=ALPHA).gamma
 
 
 def _curve(config, problem, starts, iterations, method, step_size, **about):

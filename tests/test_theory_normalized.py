@@ -14,8 +14,7 @@ from experiments import bounds, descent
 from experiments.problems import counterexample, logistic
 
 
-START = {"gap": 2.0, "distance": 0.7}
-SQUARED = {"gap": 2.0, "squared_distance": 0.7}
+GAP, ESTIMATES = 2.0, 0.7  # f(x⁰) − f^inf, and how far the first estimates are from the gradients
 
 # L0, L1, alpha, gamma0, delta_inf
 CONSTANTS = [
@@ -38,32 +37,51 @@ def printed_bound(L0, L1, alpha, gamma0, delta_inf, K, gap, distance):
     return 1 / math.sqrt(K + 1) * (first + gamma0 * b * math.exp(L1 * gamma0))
 
 
+def normalized(L0=4.0, L1=1.0, alpha=0.25, gamma0=1.0, delta_inf=0.0, gap=GAP):
+    return theory.NormalizedEF21(
+        L0=L0, L1=L1, alpha=alpha, gamma0=gamma0, delta_inf=delta_inf, gap=gap
+    )
+
+
+def plain(L=3.0, L_workers=(1.0, 7.0), alpha=0.25, gap=GAP):
+    return theory.EF21(L=L, L_workers=L_workers, alpha=alpha, gap=gap)
+
+
+def of_k(theorem, K, gap=GAP, estimates=ESTIMATES):
+    """The bound of normalized EF21 from inexact first estimates."""
+    return theorem.bound(K, theorem.lyapunov(K, gap, estimates=estimates))
+
+
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
-@pytest.mark.parametrize("iterations", [0, 1, 400])
-def test_the_bound_of_normalized_ef21_is_the_printed_one(constants, iterations):
-    bound = theory.NormalizedEF21(*constants).bound(iterations, **START)
-    expected = printed_bound(*constants, iterations, **START)
-    np.testing.assert_allclose(bound, expected, rtol=1e-12)
+@pytest.mark.parametrize("K", [0, 1, 400])
+def test_the_bound_of_normalized_ef21_is_the_printed_one(constants, K):
+    theorem = normalized(*constants)
+    for estimates in (0.0, ESTIMATES):
+        expected = printed_bound(*constants, K, GAP, estimates)
+        np.testing.assert_allclose(of_k(theorem, K, estimates=estimates), expected, rtol=1e-12)
+    assert theorem.bound(K) == of_k(theorem, K, estimates=0.0)
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.25, 1.0])
-@pytest.mark.parametrize("iterations", [0, 1, 400])
-def test_the_bound_and_the_step_of_ef21_are_the_printed_ones(alpha, iterations):
-    theorem = theory.EF21(3.0, 5.0, alpha)
+@pytest.mark.parametrize("K", [0, 1, 400])
+def test_the_bound_and_the_step_of_ef21_are_the_printed_ones(alpha, K):
+    theorem = plain(alpha=alpha)
     theta = 1 - math.sqrt(1 - alpha)
     beta = (1 - alpha) / (1 - math.sqrt(1 - alpha))
-    gamma = 1 / (3.0 + 5.0 * math.sqrt(beta / theta))
-    np.testing.assert_allclose(theorem.step_size, gamma, rtol=1e-12)
+    gamma = 1 / (3.0 + math.sqrt((1 + 49) / 2) * math.sqrt(beta / theta))
+    np.testing.assert_allclose(theorem.gamma, gamma, rtol=1e-12)
     # Theorem 1 of Richtárik et al., with T = K + 1.
-    T = iterations + 1
-    squared = 2 * SQUARED["gap"] / (gamma * T) + SQUARED["squared_distance"] / (theta * T)
-    np.testing.assert_allclose(theorem.bound(iterations, **SQUARED), math.sqrt(squared), rtol=1e-12)
+    T = K + 1
+    squared = 2 * GAP / (gamma * T) + ESTIMATES / (theta * T)
+    psi = theorem.lyapunov(GAP, estimates=ESTIMATES)
+    np.testing.assert_allclose(theorem.bound(K, psi), math.sqrt(squared), rtol=1e-12)
+    exact = math.sqrt(2 * GAP / (gamma * T))
+    np.testing.assert_allclose(theorem.bound(K), exact, rtol=1e-12)
 
 
 def test_a_small_alpha_keeps_its_digits():
     # 1 − √(1 − α) → α/2: in floats the difference itself has lost half of them here.
-    theorem = theory.NormalizedEF21(1.0, 1.0, 1e-9)
-    np.testing.assert_allclose(theorem.c0, 0.5 + 4e9 - 3, rtol=1e-12)
+    np.testing.assert_allclose(normalized(1.0, 1.0, 1e-9).c0, 0.5 + 4e9 - 3, rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.25, 0.9, 1.0])
@@ -72,98 +90,86 @@ def test_with_the_moderate_gamma0_the_bound_is_below_the_papers_simpler_one(alph
     gamma0 = theory.moderate_gamma0(L1, alpha)
     c = 0.5 + 2 * math.sqrt(1 - alpha) / (1 - math.sqrt(1 - alpha))
     np.testing.assert_allclose(gamma0, 1 / (8 * c * L1), rtol=1e-12)
-    theorem = theory.NormalizedEF21(4.0, L1, alpha, gamma0, delta_inf=0.5)
-    V0 = theorem.lyapunov(99, **START)
+    theorem = normalized(4.0, L1, alpha, gamma0, delta_inf=0.5)
+    V0 = theorem.lyapunov(99, GAP, estimates=ESTIMATES)
     simpler = (32 * c * L1 * V0 + 4.0 / L1 + 2 * L1 * 0.5) / 10
-    assert simpler / 4 < theorem.bound(99, **START) <= simpler
+    assert simpler / 4 < theorem.bound(99, V0) <= simpler
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.25, 1.0])
 def test_under_traditional_smoothness_both_are_order_root_of_l_over_alpha(alpha):
     """The paper's comparison, at the end of its section 3, with exact first estimates."""
-    L, gap, K = 3.0, 2.0, 99
-    unit = math.sqrt(L / alpha) * math.sqrt(gap / (K + 1))
-    b = theory.NormalizedEF21(L, 0.0, alpha).c0
-    best = theory.NormalizedEF21(L, 0.0, alpha, gamma0=math.sqrt(gap / (2 * b)))
-    assert best.bound(K, gap=gap, distance=0.0) <= 4 * math.sqrt(2) * unit * (1 + 1e-12)
-    plain = theory.EF21(L, L, alpha).bound(K, gap=gap, squared_distance=0.0)
-    assert plain <= 2 * unit * (1 + 1e-12)
+    L, K = 3.0, 99
+    unit = math.sqrt(L / alpha) * math.sqrt(GAP / (K + 1))
+    b = normalized(L, 0.0, alpha).c0
+    best = normalized(L, 0.0, alpha, gamma0=math.sqrt(GAP / (2 * b)))
+    assert best.bound(K) <= 4 * math.sqrt(2) * unit * (1 + 1e-12)
+    assert plain(L, (L, L), alpha).bound(K) <= 2 * unit * (1 + 1e-12)
     # γ0 is the best there is.
     for factor in (0.9, 1.1):
         other = dataclasses.replace(best, gamma0=factor * best.gamma0)
-        assert other.bound(K, gap=gap, distance=0.0) > best.bound(K, gap=gap, distance=0.0)
+        assert other.bound(K) > best.bound(K)
 
 
 def test_steps_shrink_as_the_root_of_the_rounds():
-    theorem = theory.NormalizedEF21(4.0, 1.0, 0.25, gamma0=3.0)
-    assert [theorem.step_size(K) for K in (0, 3, 99)] == [3.0, 1.5, 0.3]
+    theorem = normalized(gamma0=3.0)
+    assert [theorem.gamma(K) for K in (0, 3, 99)] == [3.0, 1.5, 0.3]
+    assert [theorem.step_size(3)(k) for k in (0, 3)] == [1.5, 1.5]
     np.testing.assert_allclose(
-        theorem.bound(399, gap=2.0, distance=0.0), theorem.bound(99, gap=2.0, distance=0.0) / 2
+        normalized(gamma0=0.1).bound(399) * 2, normalized(gamma0=0.1).bound(99)
     )
+    assert plain().step_size()(7) == plain().gamma
 
 
-@pytest.mark.parametrize("name", ["L0", "L1", "delta_inf", "gap", "distance"])
+@pytest.mark.parametrize("name", ["L0", "L1", "delta_inf", "gap"])
 def test_a_harder_problem_has_a_larger_bound(name):
-    easy = dict(zip(("L0", "L1", "alpha", "gamma0", "delta_inf"), CONSTANTS[0], strict=True))
-    easy |= START | {"delta_inf": 0.1}
+    easy = {"L0": 4.0, "L1": 1.0, "delta_inf": 0.1, "gap": GAP}
     harder = easy | {name: 1.5 * easy[name]}
-
-    def bound(values):
-        start = {key: values[key] for key in START}
-        rest = {key: value for key, value in values.items() if key not in START}
-        return theory.NormalizedEF21(**rest).bound(10, **start)
-
-    assert bound(harder) > bound(easy)
+    assert normalized(**harder, gamma0=0.1).bound(9) > normalized(**easy, gamma0=0.1).bound(9)
 
 
 def test_a_better_compressor_has_smaller_bounds_and_a_longer_step():
     alphas = (0.05, 0.3, 1.0)
-    normalized = [theory.NormalizedEF21(4.0, 0.1, a, 0.1).bound(9, **START) for a in alphas]
-    plain = [theory.EF21(1.0, 2.0, a) for a in alphas]
-    assert normalized == sorted(normalized, reverse=True)
-    steps = [theorem.step_size for theorem in plain]
+    bounds_of = [of_k(normalized(4.0, 0.1, alpha, 0.1), 9) for alpha in alphas]
+    assert bounds_of == sorted(bounds_of, reverse=True)
+    theorems = [plain(1.0, alpha=alpha) for alpha in alphas]
+    steps = [theorem.gamma for theorem in theorems]
     assert steps == sorted(steps)
     assert steps[-1] == 1.0  # gradient descent's 1/L
-    squares = [theorem.bound(9, **SQUARED) for theorem in plain]
-    assert squares == sorted(squares, reverse=True)
+    bounds_of = [theorem.bound(9) for theorem in theorems]
+    assert bounds_of == sorted(bounds_of, reverse=True)
 
 
 def test_a_bound_past_the_floats_is_infinite_and_from_a_minimum_is_not():
-    steep = theory.NormalizedEF21(1.0, 5.0, 0.1, gamma0=1.0)
-    assert steep.bound(100, **START) == math.inf
-    assert math.isfinite(steep.bound(100, gap=0.0, distance=0.0))
-    assert theory.NormalizedEF21(1.0, 5e3, 0.1).bound(100, gap=0.0, distance=0.0) == math.inf
+    steep = normalized(1.0, 5.0, 0.1)
+    assert steep.bound(100) == math.inf
+    assert math.isfinite(steep.bound(100, 0.0))
+    assert normalized(1.0, 5e3, 0.1).bound(100, 0.0) == math.inf
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: theory.NormalizedEF21(0.0, 1.0, 0.5), "`L0` must be positive.*got 0.0"),
-        (lambda: theory.NormalizedEF21(1.0, -1.0, 0.5), "`L1` must be.*not negative, got -1.0"),
-        (lambda: theory.NormalizedEF21(1.0, 1.0, 0.0), r"`alpha` must be in \(0, 1\], got 0.0"),
-        (lambda: theory.NormalizedEF21(1.0, 1.0, 1.0, 0.0), "`gamma0` must be positive.*got 0.0"),
-        (lambda: theory.NormalizedEF21(1.0, 1.0, 1.0, 1.0, -2.0), "`delta_inf` must be.*got -2.0"),
+        (lambda: normalized(L0=0.0), "`L0` must be positive.*got 0.0"),
+        (lambda: normalized(L1=-1.0), "`L1` must be.*not negative, got -1.0"),
+        (lambda: normalized(alpha=0.0), r"`alpha` must be in \(0, 1\], got 0.0"),
+        (lambda: normalized(gamma0=0.0), "`gamma0` must be positive.*got 0.0"),
+        (lambda: normalized(delta_inf=-2.0), "`delta_inf` must be.*got -2.0"),
+        (lambda: normalized(gap=-3.0), "`gap` must be.*got -3.0"),
+        (lambda: normalized().bound(-1), "`iterations` must be.*not negative, got -1"),
+        (lambda: normalized().bound(-1, 1.0), "`iterations` must be.*not negative, got -1"),
+        (lambda: normalized().bound(1, -1.0), "`psi` must be.*got -1.0"),
+        (lambda: normalized().lyapunov(1, -1.0), "`gap` must be.*got -1.0"),
+        (lambda: normalized().lyapunov(1, 0.0, estimates=-4.0), "`estimates` must be.*got -4.0"),
         (lambda: theory.moderate_gamma0(0.0, 1.0), "`L1` must be positive.*got 0.0"),
         (lambda: theory.moderate_gamma0(1.0, 1.5), r"`alpha` must be in \(0, 1\], got 1.5"),
-        (lambda: theory.EF21(-1.0, 1.0, 1.0), "`L` must be positive.*got -1.0"),
-        (lambda: theory.EF21(1.0, math.nan, 1.0), "`L_tilde` must be positive.*got nan"),
-        (lambda: theory.EF21(1.0, 1.0, 2.0), r"`alpha` must be in \(0, 1\], got 2.0"),
-        (
-            lambda: theory.EF21(1.0, 1.0, 1.0).bound(1, gap=-1.0, squared_distance=0.0),
-            "`gap` must be.*got -1.0",
-        ),
-        (
-            lambda: theory.NormalizedEF21(1.0, 1.0, 1.0).bound(1, gap=0.0, distance=-3.0),
-            "`distance` must be.*got -3.0",
-        ),
-        (
-            lambda: theory.NormalizedEF21(1.0, 1.0, 1.0).bound(-1, **START),
-            "`iterations` must be.*not negative, got -1",
-        ),
-        (
-            lambda: theory.EF21(1.0, 1.0, 1.0).bound(-2, **SQUARED),
-            "`iterations` must be.*not negative, got -2",
-        ),
+        (lambda: plain(L=-1.0), "`L` must be positive.*got -1.0"),
+        (lambda: plain(L_workers=(1.0, math.nan)), r"`L_workers\[1\]` must be positive.*got nan"),
+        (lambda: plain(alpha=2.0), r"`alpha` must be in \(0, 1\], got 2.0"),
+        (lambda: plain(gap=math.inf), "`gap` must be.*got inf"),
+        (lambda: plain().bound(-2), "`iterations` must be.*not negative, got -2"),
+        (lambda: plain().bound(2, -1.0), "`psi` must be.*got -1.0"),
+        (lambda: plain().lyapunov(0.0, estimates=-1.0), "`estimates` must be.*got -1.0"),
     ],
 )
 def test_bad_constants_are_refused(make, message):
@@ -183,7 +189,8 @@ def float64():
 class Slope:
     """f(x) = √(1 + x²): nearly the slope 1 far from 0, where both bounds are nearly attained."""
 
-    L = L_tilde = L0 = 1.0
+    L = L0 = 1.0
+    L_workers = (1.0,)
     L1 = 0.0
     lower_bound = 1.0
     workers = np.zeros((1, 1))
@@ -195,37 +202,34 @@ class Slope:
 
 @pytest.fixture(scope="module")
 def down_the_slope():
-    """By method, over K = 2499: the theorem, the least ‖∇f‖, and what the bound is of."""
+    """K = 2499, and by method the least ‖∇f‖ and the gap at the start."""
     K = 2499
-    theorems = {
-        "normalized": theory.NormalizedEF21(Slope.L0, Slope.L1, 1.0),
-        "plain": theory.EF21(Slope.L, Slope.L_tilde, 1.0),
-    }
     # Just so far that the last step ends three units before the minimum.
-    runs = {
-        "normalized": (ef21.normalized_ef21, 53.0, theorems["normalized"].step_size(K)),
-        "plain": (ef21.ef21_sgd, 2503.0, theorems["plain"].step_size),
+    steps = {
+        "normalized": bounds.normalized_of(Slope, 1.0, 1.0).gamma(K),
+        "plain": bounds.ef21_of(Slope, 1.0).gamma,
     }
+    runs = {"normalized": (ef21.normalized_ef21, 53.0), "plain": (ef21.ef21_sgd, 2503.0)}
     found = {}
     with jax.enable_x64(True):
-        for name, (method, start, step) in runs.items():
-            path = descent.path(method, Slope, [[start]], [step], K, uplink=ef21.Identity())
-            least = math.sqrt(np.min(path["squared_gradient"]))
-            found[name] = theorems[name], least, float(path["loss"][0, 0]) - Slope.lower_bound
+        for name, (method, start) in runs.items():
+            path = descent.path(method, Slope, [[start]], [steps[name]], K, uplink=ef21.Identity())
+            gap = float(path["loss"][0, 0]) - Slope.lower_bound
+            found[name] = math.sqrt(np.min(path["squared_gradient"])), gap
     return K, found
 
 
 def test_the_bound_of_normalized_ef21_is_nearly_attained_down_a_slope(down_the_slope):
     K, found = down_the_slope
-    theorem, least, gap = found["normalized"]
-    bound = theorem.bound(K, gap=gap, distance=0.0)
+    least, gap = found["normalized"]
+    bound = bounds.normalized_of(Slope, 1.0, 1.0, gap).bound(K)
     assert bound / 1.15 < least <= bound
 
 
 def test_the_bound_of_ef21_is_attained_but_for_its_root_of_two_down_a_slope(down_the_slope):
     K, found = down_the_slope
-    theorem, least, gap = found["plain"]
-    bound = theorem.bound(K, gap=gap, squared_distance=0.0)
+    least, gap = found["plain"]
+    bound = bounds.ef21_of(Slope, 1.0, gap).bound(K)
     assert bound / (1.08 * math.sqrt(2)) < least <= bound
 
 
@@ -244,27 +248,27 @@ def runs(request):
     uplink = ef21.TopK(alpha)
     starts = np.stack([problem.start(seed) for seed in SEEDS])
     gamma0 = theory.moderate_gamma0(problem.L1, alpha) if problem.L1 else 0.5
-    normalized = theory.NormalizedEF21(problem.L0, problem.L1, alpha, gamma0)
-    plain = theory.EF21(problem.L, problem.L_tilde, alpha)
+    normalized = bounds.normalized_of(problem, alpha, gamma0)
+    plain = bounds.ef21_of(problem, alpha)
     with jax.enable_x64(True):
         paths = [
             descent.path(method, problem, starts, np.full(3, step), ROUNDS, uplink=uplink)
             for method, step in (
-                (ef21.normalized_ef21, normalized.step_size(ROUNDS)),
-                (ef21.ef21_sgd, plain.step_size),
+                (ef21.normalized_ef21, normalized.gamma(ROUNDS)),
+                (ef21.ef21_sgd, plain.gamma),
             )
         ]
     return problem, (normalized, paths[0]), (plain, paths[1])
 
 
 def test_no_bound_is_violated(runs):
-    _, (normalized, path), (plain, plain_path) = runs
+    problem, (theorem, path), (_, path_of_ef21) = runs
     for loss, distance, squared in zip(
         path["loss"], path["distance"], path["squared_gradient"], strict=True
     ):
-        bound = normalized.bound(ROUNDS, gap=loss[0], distance=distance[0])
+        bound = of_k(theorem, ROUNDS, loss[0], distance[0])
         assert math.sqrt(squared.min()) <= bound
-    record = bounds.of_ef21(plain, plain_path, 0.0)
+    record = bounds.of_ef21(problem, 1 / problem.dimension, path_of_ef21)
     assert record["violations"] == 0
     assert 0.2 < record["largest_share"] <= 1
 
@@ -272,10 +276,10 @@ def test_no_bound_is_violated(runs):
 def test_the_lyapunov_value_of_normalized_ef21_falls_as_lemma_7_says(runs):
     """In the form of the lemma's proof, with exp(L1 γ)."""
     problem, (theorem, path), _ = runs
-    gamma = theorem.step_size(ROUNDS)
+    gamma = theorem.gamma(ROUNDS)
     V = np.array(
         [
-            [theorem.lyapunov(ROUNDS, gap=gap, distance=d) for gap, d in zip(*lane, strict=True)]
+            [theorem.lyapunov(ROUNDS, gap, estimates=d) for gap, d in zip(*lane, strict=True)]
             for lane in zip(path["loss"], path["distance"], strict=True)
         ]
     )
@@ -293,11 +297,11 @@ def test_the_lyapunov_value_of_ef21_falls_by_half_a_step_times_the_squared_gradi
     _, _, (theorem, path) = runs
     psi = np.array(
         [
-            [theorem.lyapunov(gap=gap, squared_distance=d) for gap, d in zip(*lane, strict=True)]
+            [theorem.lyapunov(gap, estimates=d) for gap, d in zip(*lane, strict=True)]
             for lane in zip(path["loss"], path["squared_distance"], strict=True)
         ]
     )
-    allowed = -theorem.step_size / 2 * path["squared_gradient"]
+    allowed = -theorem.gamma / 2 * path["squared_gradient"]
     assert np.all(psi[:, 1:] - psi[:, :-1] <= allowed[:, :-1] + 1e-12)
 
 

@@ -4,7 +4,8 @@ A theorem is a frozen dataclass of the constants that it is about. It gives the 
 radius that it prescribes, the momentum where it prescribes one, and the bound that it promises
 after K iterations. Constants are Python numbers, and so is what comes out: nothing is traced.
 
-Theorems and corollaries that go by their number are those of paper M, on EF21-Muon.
+Theorems and corollaries that go by their number are those of paper M, on EF21-Muon; those that go
+by the name of a method are of paper N.
 """
 
 from ._muon_generalized import (
@@ -21,4 +22,9 @@ from ._muon_smooth import (
     Theorem5 as Theorem5,
     Theorem14 as Theorem14,
     Theorem19 as Theorem19,
+)
+from ._normalized import (
+    EF21 as EF21,
+    NormalizedEF21 as NormalizedEF21,
+    moderate_gamma0 as moderate_gamma0,
 )

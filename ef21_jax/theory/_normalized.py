@@ -1,18 +1,23 @@
 """Normalized EF21 under generalized smoothness, and EF21 beside it (paper N).
 
 Both theorems are about the iterates x⁰, …, x^K: K + 1 rounds, of which the last one's step is not
-looked at. Both bound the smallest expected ‖∇f(x^k)‖, Euclidean, among them.
+looked at. Both bound the smallest expected ‖∇f(x^k)‖, Euclidean, among them. `gap` is
+f(x⁰) − f^inf, v_i^k is worker i's estimate after round k's message.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+
+import optax
 
 from ._checks import nonnegative, positive, share
+from ._layers import mean_square
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalizedEF21:
-    """Paper N, Theorem 1: ‖v‖-normalized steps of length γ = γ0 / √(K + 1), any γ0 > 0.
+    """Theorem 1: ‖v‖-normalized steps of length γ = γ0 / √(K + 1), any γ0 > 0 (section 3, D.1).
 
     Every f_i is symmetric (L0, L1)-smooth (Assumption 3), e.g. ‖∇²f_i‖ ≤ L0 + L1 ‖∇f_i‖.
 
@@ -21,7 +26,7 @@ class NormalizedEF21:
     exp(L1 γ) too, and its proof has it.
 
     Where L1 γ0 is not small the first term is astronomical, `inf` in floats, although the method
-    may do well: with γ0 of `moderate_gamma0` both exponentials stay below √2.
+    may do well: with the γ0 of `moderate_gamma0` both exponentials stay below √2.
 
     Attributes:
       L0, L1: of every worker's function. L1 = 0 is traditional smoothness.
@@ -36,19 +41,24 @@ class NormalizedEF21:
 
     L0: float
     L1: float
+    gap: float
     alpha: float
     gamma0: float = 1.0
     delta_inf: float = 0.0
 
     def __post_init__(self):
         positive(L0=self.L0, gamma0=self.gamma0)
-        nonnegative(L1=self.L1, delta_inf=self.delta_inf)
+        nonnegative(L1=self.L1, gap=self.gap, delta_inf=self.delta_inf)
         share(alpha=self.alpha)
 
-    def step_size(self, iterations: int) -> float:
+    def gamma(self, iterations: int) -> float:
         """γ = γ0 / √(K + 1), the same in every round: K must be known beforehand."""
         nonnegative(iterations=iterations)
         return self.gamma0 / math.sqrt(iterations + 1)
+
+    def step_size(self, iterations: int) -> optax.Schedule:
+        """γ as a schedule."""
+        return optax.constant_schedule(self.gamma(iterations))
 
     @property
     def c0(self) -> float:
@@ -65,23 +75,28 @@ class NormalizedEF21:
         """2 c0 + 8 L1 c1 δ."""
         return 2 * self.c0 + 8 * self.L1 * self.c1 * self.delta_inf
 
-    def lyapunov(self, iterations: int, *, gap: float, distance: float) -> float:
-        """V^k = f(x^k) − f^inf + 2γ / (1 − √(1 − α)) · mean_i ‖∇f_i(x^k) − v_i^k‖.
+    def lyapunov(self, iterations: int, gap: float, *, estimates: float = 0.0) -> float:
+        """V^k.
 
         Args:
-          iterations: K, which sets γ.
+          iterations: K, on which γ depends.
           gap: f(x^k) − f^inf.
-          distance: mean_i ‖∇f_i(x^k) − v_i^k‖, with v_i^k after round k's message.
+          estimates: mean_i ‖∇f_i(x^k) − v_i^k‖.
         """
-        nonnegative(gap=gap, distance=distance)
-        return gap + 2 * self.step_size(iterations) / _theta(self.alpha) * distance
+        nonnegative(gap=gap, estimates=estimates)
+        return gap + 2 * self.gamma(iterations) / _theta(self.alpha) * estimates
 
-    def bound(self, iterations: int, *, gap: float, distance: float) -> float:
-        """[V⁰ exp(8 c1 L1 exp(L1 γ0) γ0²) / γ0 + γ0 b exp(L1 γ0)] / √(K + 1).
+    def bound(self, iterations: int, psi: float | None = None) -> float:
+        """Of min_{k<=K} E‖∇f(x^k)‖.
 
-        Arguments are those of `lyapunov` at k = 0.
+        [V⁰ exp(8 c1 L1 exp(L1 γ0) γ0²) / γ0 + γ0 b exp(L1 γ0)] / √(K + 1).
+
+        Args:
+          iterations: K.
+          psi: V⁰. None: that of v_i⁰ = ∇f_i(x⁰) (`warm_start`), the gap.
         """
-        start = self.lyapunov(iterations, gap=gap, distance=distance)
+        start = self.lyapunov(iterations, self.gap) if psi is None else psi
+        nonnegative(iterations=iterations, psi=start)
         beyond = _exp(self.L1 * self.gamma0)
         growth = _exp(8 * self.c1 * self.L1 * beyond * self.gamma0**2)
         first = start * growth / self.gamma0 if start else 0.0  # 0 · inf is no number
@@ -101,17 +116,17 @@ def moderate_gamma0(L1: float, alpha: float) -> float:
     return 1 / (8 * _c(alpha) * L1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EF21:
-    """Richtárik, Sokolov, Fatkhullin 2021, Theorem 1, as paper N (end of section 3, 4.1) has it.
+    """Richtárik, Sokolov, Fatkhullin 2021, Theorem 1, as paper N (sections 3, 4.1) has it.
 
-    Steps x ← x − γ v with γ = 1 / (L + L~ √(β / θ)), where θ = 1 − √(1 − α) and
-    β = (1 − α) / θ. Paper N states the bound for exact first estimates; we keep the original's
-    second term, which is that of any.
+    Steps x ← x − γ v with γ = 1 / (L + L~ √(β / θ)), where θ = 1 − √(1 − α), β = (1 − α) / θ and
+    L~ is the root of the mean square of the workers' constants. Paper N states the bound for exact
+    first estimates; we keep the original's second term, which is that of any.
 
     Attributes:
       L: Lipschitz constant of ∇f.
-      L_tilde: L~, root of the mean over the workers of L_i².
+      L_workers: of the ∇f_i, a tuple of n.
       alpha: of the compressor.
 
     Raises:
@@ -119,37 +134,47 @@ class EF21:
     """
 
     L: float
-    L_tilde: float
+    L_workers: Sequence[float]
+    gap: float
     alpha: float
 
     def __post_init__(self):
-        positive(L=self.L, L_tilde=self.L_tilde)
+        positive(L=self.L, L_workers=self.L_workers)
+        nonnegative(gap=self.gap)
         share(alpha=self.alpha)
 
     @property
-    def step_size(self) -> float:
-        """γ = 1 / (L + L~ √(β / θ)), the same for every K."""
+    def gamma(self) -> float:
+        """γ, the same for every K."""
         ratio = math.sqrt(1 - self.alpha) / _theta(self.alpha)  # √(β / θ)
-        return 1 / (self.L + self.L_tilde * ratio)
+        return 1 / (self.L + math.sqrt(mean_square(self.L_workers)) * ratio)
 
-    def lyapunov(self, *, gap: float, squared_distance: float) -> float:
-        """Ψ^k = f(x^k) − f^inf + γ / (2θ) · mean_i ‖∇f_i(x^k) − v_i^k‖².
+    def step_size(self) -> optax.Schedule:
+        """γ as a schedule."""
+        return optax.constant_schedule(self.gamma)
+
+    def lyapunov(self, gap: float, *, estimates: float = 0.0) -> float:
+        """Ψ^k, which falls by γ ‖∇f(x^k)‖² / 2 or more in a step, in expectation.
 
         Args:
           gap: f(x^k) − f^inf.
-          squared_distance: mean_i ‖∇f_i(x^k) − v_i^k‖², with v_i^k after round k's message.
+          estimates: mean_i ‖∇f_i(x^k) − v_i^k‖², here of the squares.
         """
-        nonnegative(gap=gap, squared_distance=squared_distance)
-        return gap + self.step_size / (2 * _theta(self.alpha)) * squared_distance
+        nonnegative(gap=gap, estimates=estimates)
+        return gap + self.gamma / (2 * _theta(self.alpha)) * estimates
 
-    def bound(self, iterations: int, *, gap: float, squared_distance: float) -> float:
-        """√(2 Ψ⁰ / (γ (K + 1))), the root of the original's bound on the mean of ‖∇f(x^k)‖².
+    def bound(self, iterations: int, psi: float | None = None) -> float:
+        """Of min_{k<=K} E‖∇f(x^k)‖: √(2 Ψ⁰ / (γ (K + 1))).
 
-        Arguments are those of `lyapunov` at k = 0.
+        It is the root of the original's bound on the mean of E‖∇f(x^k)‖² over k <= K.
+
+        Args:
+          iterations: K.
+          psi: Ψ⁰. None: that of v_i⁰ = ∇f_i(x⁰) (`warm_start`), the gap.
         """
-        nonnegative(iterations=iterations)
-        start = self.lyapunov(gap=gap, squared_distance=squared_distance)
-        return math.sqrt(2 * start / (self.step_size * (iterations + 1)))
+        start = self.gap if psi is None else psi
+        nonnegative(iterations=iterations, psi=start)
+        return math.sqrt(2 * start / (self.gamma * (iterations + 1)))
 
 
 def _theta(alpha):

@@ -51,14 +51,14 @@ class Counterexample:
         return 2 / 3 + 1 / 2
 
     @property
-    def L_tilde(self) -> float:
-        """69/2 = 2 ‖a_i‖² + 1/2, the same for every worker."""
-        return 2 * 17 + 1 / 2
+    def L_workers(self) -> tuple[float, ...]:
+        """69/2 = 2 ‖a_i‖² + 1/2, of every worker."""
+        return (2 * 17 + 1 / 2,) * 3
 
     @property
     def L0(self) -> float:
-        """As `L_tilde`: a function with a Lipschitz gradient is (L0, 0)-smooth."""
-        return self.L_tilde
+        """69/2: a function with a Lipschitz gradient is (L0, 0)-smooth."""
+        return self.L_workers[0]
 
     L1 = 0.0
 

@@ -69,10 +69,10 @@ class Logistic:
         return float(spectral**2 / (4 * len(self.features)) + 2 * self.penalty)
 
     @property
-    def L_tilde(self) -> float:
-        """Root of the mean square over the workers of L_i = ‖a_i‖² / 4 + 2λ."""
+    def L_workers(self) -> tuple[float, ...]:
+        """Of the f_i: ‖a_i‖² / 4 + 2λ."""
         own = np.square(self._row_lengths()) / 4 + 2 * self.penalty
-        return float(np.sqrt(np.mean(np.square(own))))
+        return tuple(own.tolist())
 
     @property
     def L0(self) -> float:
