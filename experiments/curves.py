@@ -82,9 +82,11 @@ def _bands(axis, lines):
     axis.set_yscale("log")
     top = _ROOM * max(line["high"][0] for line in lines)
     if max(np.nanmax(_floats(line["high"])) for line in lines) > top:
-        axis.set_ylim(top=top)
+        # The margin would be one of the whole height, up to the end of the floats.
+        axis.set_ylim(min(np.nanmin(_floats(line["low"])) for line in lines) / 3, top)
     if lines[0].get("early"):
         axis.set_xscale("symlog", linthresh=10)
+        axis.set_xlim(left=0)
         axis.set_xticks([0, 2, 4, 6, 8, 10, 100, 1000], ["0", "", "4", "", "8", "", "100", "1000"])
     axis.set_xlabel("iteration $k$")
 
