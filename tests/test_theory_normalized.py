@@ -321,3 +321,16 @@ def test_every_k_of_the_grid_is_held_against_its_own_bound(monkeypatch):
     assert false["violations"] == 2 * len(record["k"])
     with pytest.raises(ValueError, match="normalized EF21: a bound overflows"):
         bounds.of_normalized(LOGISTIC, 0.1, starts, 30, uplink=uplink, gamma0=10.0)
+
+
+def test_the_least_gradient_is_that_up_to_k(monkeypatch):
+    def path(method, problem, starts, step_sizes, iterations, **kwargs):
+        lanes = len(step_sizes)
+        squared = np.broadcast_to(1 / np.arange(1, iterations + 2), (lanes, iterations + 1))
+        return {"squared_gradient": squared, "loss": squared, "distance": squared}
+
+    monkeypatch.setattr(descent, "path", path)
+    record = bounds.of_normalized(LOGISTIC, 0.1, np.zeros((2, 10)), 99, uplink=ef21.TopK(0.1))
+    expected = [1 / math.sqrt(k + 1) for k in record["k"]]
+    np.testing.assert_allclose(record["measured"], expected, rtol=1e-5)
+    assert len(record["k"]) == 7
