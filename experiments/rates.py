@@ -415,3 +415,7 @@ def _stack(parts, seeds):
     """Trees of equal structure as one, stacked, each `seeds` times; lists become tuples."""
     parts = [tuple(part) for part in parts]
     return jax.tree.map(lambda *leaves: np.repeat(np.stack(leaves), seeds, axis=0), *parts)
+
+
+if __name__ == "__main__":
+    main()
