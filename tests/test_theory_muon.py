@@ -282,8 +282,10 @@ def test_more_compression_costs_and_more_iterations_pay(theorem):
     bound = make(theorem, c).bound(K)
     assert make(theorem, c, alpha_D=c["alpha_D"] / 2).bound(K) > bound
     assert make(theorem, c).bound(4 * K) < bound
-    if theorem in SMOOTH:
-        assert make(theorem, c, alpha_P=c["alpha_P"] / 2).bound(K) > bound
+    if theorem in SMOOTH:  # α_P acts through γ alone; with noise, γ is a weight of it too
+        quiet = c | {"sigma": [0.0, 0.0]}
+        more = make(theorem, quiet, alpha_P=c["alpha_P"] / 2)
+        assert more.bound(K) > make(theorem, quiet).bound(K)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +489,10 @@ def test_sharp_steps_need_a_norm():
 
 @pytest.fixture(scope="module")
 def descent():
-    """A run of Algorithm 2 at Theorem 14's step sizes: Ψ^k, and Σ_i γ_i ‖∇_i f(X^k)‖_*²."""
+    """A run of Algorithm 2 at Theorem 14's step sizes: all that Ψ^k is made of, and ‖∇_i f‖_*².
+
+    It starts at G_j^0 = C(∇f_j(X^0)), so that there are errors to lose.
+    """
     shape, n, length = (3, 4), 3, 400
     norms = ef21.Sign(), ef21.Frobenius()
     uplink, downlink = ef21.TopK(0.25), ef21.Natural(nearest=True)
@@ -532,18 +537,19 @@ def descent():
         params, state = carry
         model = ef21.server_params(params, state)
         exact = gradients(model, workers)
-        errors = jax.tree.map(jnp.subtract, exact, optax.tree.get(state.worker, "estimate"))
-        residual = optax.tree.get(state.downlink, "residual")
+        residual = optax.tree.get(state.downlink, "residual")  # X^k − W^k
+        *carry, _ = ef21.spmd(one_worker)(params, state, workers)
+        estimate = optax.tree.get(carry[1].worker, "estimate")  # G_j^k, of the gradient at W^k
+        errors = jax.tree.map(jnp.subtract, exact, estimate)
         measured = (
             jnp.mean(values(model, workers)) - lower,
             [jnp.mean(norm.dual(e) ** 2) for norm, e in zip(norms, errors, strict=True)],
             [norm.norm(r) ** 2 for norm, r in zip(norms, residual, strict=True)],
             [norm.dual(jnp.mean(g, axis=0)) ** 2 for norm, g in zip(norms, exact, strict=True)],
         )
-        *carry, _ = ef21.spmd(one_worker)(params, state, workers)
         return tuple(carry), measured
 
-    state = ef21.warm_start(ef21.replicate(tx.init(starts), n), gradients(starts, workers))
+    state = ef21.replicate(tx.init(starts), n)
     scan = jax.jit(lambda carry: jax.lax.scan(one_round, carry, length=length)[1])
     gap, estimates, models, squares = jax.tree.map(
         lambda x: np.asarray(x, np.float64), scan((starts, state))
@@ -556,14 +562,15 @@ def test_the_lyapunov_value_falls_as_the_proof_of_theorem_14_says(descent):
     psi = theorem.lyapunov(gap, estimates=estimates, models=models)
     fall = sum(g * s for g, s in zip(theorem.gamma, squares, strict=True)) / 4
     assert np.all(psi[1:] <= psi[:-1] - fall[:-1] + 1e-6)
-    # The estimates are behind, or nothing were tested.
-    assert np.max(psi - gap) > 0.01 * gap[0]
+    # Estimates and models are behind, or nothing were tested.
+    assert psi[0] > 1.02 * gap[0] and np.all(models[0][1:50] > 0)
 
 
 def test_the_bound_of_theorem_14_holds_and_is_tight_to_a_factor_of_five(descent):
-    theorem, *_, squares = descent
+    theorem, gap, estimates, _, squares = descent
+    psi = theorem.lyapunov(gap[0], estimates=[e[0] for e in estimates])
     left = sum(w * s for w, s in zip(theorem.weights, squares, strict=True))
     left = np.cumsum(left) / np.arange(1, len(left) + 1)
-    bounds = np.array([theorem.bound(k) for k in range(1, len(left) + 1)])
+    bounds = np.array([theorem.bound(k, psi) for k in range(1, len(left) + 1)])
     assert np.all(left <= bounds)
-    assert left[-1] > bounds[-1] / 10
+    assert left[-1] > bounds[-1] / 5
