@@ -8,6 +8,7 @@ of the theorem without layers, and two of them, at step sizes for layers, one of
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -31,6 +32,7 @@ NORMS = {
     "sign": ef21.Sign(),
     "frobenius": ef21.Frobenius(),
 }
+SINGLES = {name: (i,) for i, name in enumerate(NORMS)}
 PAIRS = {"spectral, sign": (0, 1), "sign, frobenius": (1, 2), "frobenius, spectral": (2, 0)}
 SMOOTH = {
     "same": quadratics.same,
@@ -91,18 +93,17 @@ ROWS = (
     Row(6, layers=False, smooth=False, noisy=True),
     Row(24, layers=True, smooth=False, noisy=True),
 )
+_NAMES = [row.name for row in ROWS]
+_GENERALIZED = ("L0", "L1", "L0_workers", "L1_workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    iterations: tuple[int, ...] = (
-        32,
-        128,
-        512,
-        2048,
-    )  # K of the runs whose step size depends on it
-    longest: int = 4096  # the largest K of the others
+    iterations: tuple[int, ...] = tuple(2**i for i in range(2, 12))  # K, where a run is for one
+    longest: int = 4096  # K, where a run is for all that are smaller
     seeds: int = 10  # of noise and random compressors
+    theorems: tuple[int, ...] = tuple(row.theorem for row in ROWS)
+    compressors: tuple[str, ...] = (*EXACT, "top", "rank")  # the last two where there is noise
     noise: float = 1.0  # σ of a layer's gradient
     distance: float = 1.0  # of the start from the centre, in each entry
     json: pathlib.Path | None = None  # JSON lines, one a cell; and the same name with .png
@@ -112,6 +113,10 @@ class Config:
             raise ValueError(
                 f"`iterations` must be two or more positive numbers, got {self.iterations}."
             )
+        for name, known in (("theorems", Config.theorems), ("compressors", Config.compressors)):
+            unknown = [value for value in getattr(self, name) if value not in known]
+            if unknown or not getattr(self, name):
+                raise ValueError(f"`{name}` must be some of {known}, got {getattr(self, name)}.")
         for name in ("longest", "seeds", "noise", "distance"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
@@ -132,14 +137,20 @@ def main(args=None):
 
 def run(config):
     """One record a row, problem, compressor and norm: K, left sides, bounds, gradient norms."""
+    jobs = []
+    for smooth, noisy in itertools.product((True, False), (False, True)):
+        rows = [
+            row
+            for row in ROWS
+            if (row.smooth, row.noisy) == (smooth, noisy) and row.theorem in config.theorems
+        ]
+        for name, uplinks in (NOISY if noisy else EXACT).items():
+            if rows and name in config.compressors:
+                jobs.append((rows, name, uplinks))
     cells = []
-    jobs = list(itertools.product((True, False), (False, True), range(3)))
-    for smooth, noisy, family in tqdm.tqdm(jobs, desc="rates", unit="program", leave=False):
-        rows = [row for row in ROWS if (row.smooth, row.noisy) == (smooth, noisy)]
-        name, uplinks = list((NOISY if noisy else EXACT).items())[family]
-        cells += _measure(config, rows, name, uplinks)
-    order = {row.name: i for i, row in enumerate(ROWS)}
-    return sorted(cells, key=lambda cell: order[cell["row"]])
+    for job in tqdm.tqdm(jobs, desc="rates", unit="program", leave=False):
+        cells += _measure(config, *job)
+    return sorted(cells, key=lambda cell: _NAMES.index(cell["row"]))
 
 
 def by_row(cells):
@@ -156,8 +167,8 @@ def table(cells):
     lines = [
         ("", "layer-wise", "smooth", "promised", "measured slopes", "left / bound", "within"),
     ]
-    for row in ROWS:
-        own = by_row(cells).get(row.name, [])
+    for name, own in by_row(cells).items():
+        row = ROWS[_NAMES.index(name)]
         slopes = [cell["slope"] for cell in own]
         worst = max(a / b for cell in own for a, b in zip(cell["left"], cell["bound"], strict=True))
         lines.append(
@@ -194,40 +205,44 @@ def _measure(config, rows, family, uplinks):
         warm=smooth or not noisy,
     )
     problems = {
-        name: [Layer.of(config, make, i, method) for i in range(3)]
+        name: [Layer.of(config, make, method, i) for i in range(3)]
         for name, make in (SMOOTH if smooth else GENERALIZED).items()
     }
     random = noisy or not all(isinstance(c, ef21.TopK | ef21.RankK) for c in uplinks)
     seeds = config.seeds if random else 1
-    grid = config.iterations if rows[0].depends_on_iterations else (config.longest,)
     runs = [(row, name) for row in rows for name in problems]
-    found = {}
-    for K in grid:
-        settings = [_settings(row, problems[name], K) for row, name in runs]
-        lanes = rounds.Lanes(
-            workers=_stack(
-                [[layer.problem.workers for layer in problems[n]] for _, n in runs], seeds
-            ),
-            starts=_stack([[layer.start for layer in problems[n]] for _, n in runs], seeds),
-            rates=np.repeat([rates for rates, _ in settings], seeds, axis=0),
-            decays=np.repeat([decay for _, decay in settings], seeds, axis=0),
-            sigmas=np.full((len(runs) * seeds, 3), config.noise),
-            seeds=np.tile(np.arange(seeds), len(runs)),
-        )
-        norms = rounds.dual_norms(method, lanes, K + 1)
-        norms = norms.reshape(K + 1, len(runs), seeds, 3)
-        for i, (row, name) in enumerate(runs):
-            found.setdefault((row, name), {})[K] = norms[:, i]
+    norms = {}
+    for K in config.iterations if rows[0].depends_on_iterations else (config.longest,):
+        lanes = _lanes([(row, problems[name]) for row, name in runs], K, seeds)
+        measured = rounds.dual_norms(method, lanes, K + 1)
+        norms[K] = measured.reshape(K + 1, len(runs), seeds, 3)
     cells = []
-    for (row, name), by_k in found.items():
-        for norm, chosen in (
-            PAIRS if row.layers else {n: (i,) for i, n in enumerate(NORMS)}
-        ).items():
-            curve = _curve(row, problems[name], chosen, by_k)
-            cells.append(
-                {"row": row.name, "problem": name, "compressor": family, "norm": norm, **curve}
-            )
+    for i, (row, problem) in enumerate(runs):
+        for norm, chosen in (PAIRS if row.layers else SINGLES).items():
+            cell = {"row": row.name, "problem": problem, "compressor": family, "norm": norm}
+            by_k = {K: measured[:, i][..., chosen] for K, measured in norms.items()}
+            cells.append(cell | _curve(row, problems[problem], chosen, by_k))
     return cells
+
+
+def _lanes(runs, K, seeds):
+    """Every run `seeds` times."""
+    settings = [_settings(row, layers, K) for row, layers in runs]
+    tree = rounds.Lanes(
+        workers=_stack([[layer.problem.workers for layer in layers] for _, layers in runs]),
+        starts=_stack([[layer.start for layer in layers] for _, layers in runs]),
+        rates=np.array([rates for rates, _ in settings]),
+        decays=np.array([decay for _, decay in settings]),
+        sigmas=np.array([[layer.sigma for layer in layers] for _, layers in runs]),
+        seeds=np.zeros(len(runs), int),
+    )
+    tree = jax.tree.map(lambda leaf: np.repeat(leaf, seeds, axis=0), tree)
+    return dataclasses.replace(tree, seeds=np.tile(np.arange(seeds), len(runs)))
+
+
+def _stack(parts):
+    """Lists of equal trees, as a tuple of trees of stacked leaves."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(tuple, parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,34 +252,42 @@ class Layer:
     problem: quadratics.Quadratics
     norm: ef21.Norm
     start: np.ndarray
+    sigma: float
     alpha_D: float
     alpha_P: float
-    sigma: float
 
     @classmethod
-    def of(cls, config, make, i, method):
+    def of(cls, config, make, method, i):
         problem, norm = make(WORKERS, SHAPE, seed=i), method.norms[i]
         return cls(
             problem=problem,
             norm=norm,
             start=problem.start(seed=i, distance=config.distance),
-            alpha_D=method.uplinks[i].contraction(SHAPE, None if method.noisy else DUALS[i]),
-            alpha_P=1.0
-            if method.downlinks is None
-            else method.downlinks[i].contraction(SHAPE, norm),
             sigma=config.noise,
+            alpha_D=method.uplinks[i].contraction(SHAPE, None if method.noisy else DUALS[i]),
+            alpha_P=method.downlinks[i].contraction(SHAPE, norm) if method.downlinks else 1.0,
         )
 
-    @property
+    @functools.cached_property
     def gap(self):
         """f(X^0) − f*."""
         return float(np.mean(self._at_start(self.problem.loss))) - self.problem.lower
 
-    @property
+    @functools.cached_property
     def start_gradient(self):
         """mean_j ‖∇f_j(X^0)‖_2."""
         gradients = self._at_start(jax.grad(self.problem.loss))
         return float(np.mean(np.linalg.norm(gradients, axis=(1, 2))))
+
+    @functools.cached_property
+    def smooth(self):
+        """L, L_j."""
+        return self.problem.smoothness(self.norm)
+
+    @functools.cached_property
+    def generalized(self):
+        """L0, L1, and those of the workers."""
+        return self.problem.generalized(self.norm)
 
     def _at_start(self, function):
         workers = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), self.problem.workers)
@@ -322,32 +345,20 @@ def _constants(row, layers, chosen):
     }
     if row.smooth:
         constants["alpha_P"] = min(layer.alpha_P for layer in shared)
-        by_layer = {
-            key: values
-            for key, values in zip(
-                ("L", "L_workers"),
-                zip(*(layer.problem.smoothness(layer.norm) for layer in own), strict=True),
-                strict=True,
-            )
-        }
+        names, values = ("L", "L_workers"), [layer.smooth for layer in own]
     else:
         constants["worker_gaps"] = _worker_gaps(own)
-        by_layer = dict(
-            zip(
-                ("L0", "L1", "L0_workers", "L1_workers"),
-                zip(*(layer.problem.generalized(layer.norm) for layer in own), strict=True),
-                strict=True,
-            )
-        )
+        names, values = _GENERALIZED, [layer.generalized for layer in own]
+    by_layer = dict(zip(names, zip(*values, strict=True), strict=True))
     if row.noisy:
         by_layer["sigma"] = [layer.sigma for layer in own]
         by_layer["rho"] = [layer.norm.equivalence(SHAPE) for layer in own]
         if not row.smooth:
-            key = "start_gradients" if row.layers else "start_gradient"
-            by_layer[key] = [layer.start_gradient for layer in own]
+            name = "start_gradients" if row.layers else "start_gradient"
+            by_layer[name] = [layer.start_gradient for layer in own]
     if row.layers:
         return constants | by_layer
-    return constants | {key: value[0] for key, value in by_layer.items()}
+    return constants | {name: value[0] for name, value in by_layer.items()}
 
 
 def _worker_gaps(layers):
@@ -366,37 +377,32 @@ def _eta(row, layers, i):
 
 
 def _curve(row, layers, chosen, by_k):
-    """Left sides, bounds and best gradient norms, at each K."""
-    columns = {"iterations": [], "left": [], "bound": [], "gradient": []}
-    power = 2 if row.smooth else 1
-    within = True
+    """Left sides, bounds and best gradient norms at each K, and what they amount to.
+
+    A step size that does not depend on K makes one run do for every K up to its own.
+
+    Args:
+      by_k: of each K, ‖∇_i f(X^k)‖_*, (K + 1, seeds, chosen layers).
+    """
+    columns, within = {"iterations": [], "left": [], "bound": [], "gradient": []}, True
     for K, norms in by_k.items():
         theorem = _theorem(row, layers, chosen, K)
-        weights = _weights(row, theorem, K)
-        # E over seeds, then the weighted sum over layers.
-        means = np.mean(norms[..., chosen] ** power, axis=1) @ np.asarray(weights)
-        best = np.minimum.accumulate(means)
-        grid = [K] if row.depends_on_iterations else range(1, K + 1)
-        bounds = np.array([theorem.bound(k) for k in grid])
-        if row.smooth:
-            left = np.array([np.mean(means[:K])])
-            if not row.depends_on_iterations:
-                left = np.cumsum(means[:K]) / np.arange(1, K + 1)
-        else:
-            left = best[-1:]
-        within = within and bool(np.all(left <= bounds))
-        for j, k in enumerate(grid):
-            if row.depends_on_iterations or (k >= 16 and k.bit_count() == 1):
-                last = k - 1 if row.smooth else k
-                columns["iterations"].append(k)
-                for key, value in (
-                    ("left", left[j]),
-                    ("bound", bounds[j]),
-                    ("gradient", best[last] ** (1 / power)),
-                ):
-                    columns[key].append(float(f"{value:.5g}"))
-    columns |= {"within": within, "slope": _slope(columns), "promised": row.promised}
-    return columns | {"squared": row.smooth}
+        k = np.array([K]) if row.depends_on_iterations else np.arange(1, K + 1)
+        bound = np.array([theorem.bound(int(one)) for one in k])
+        weights = np.asarray(_weights(row, theorem, K))
+        if row.smooth:  # over X^0, …, X^(k−1), with squares
+            mean = np.mean(norms**2, axis=1) @ weights
+            left = (np.cumsum(mean) / np.arange(1, K + 2))[k - 1]
+            gradient = np.sqrt(np.minimum.accumulate(mean))[k - 1]
+        else:  # over X^0, …, X^k
+            left = gradient = np.minimum.accumulate(np.mean(norms, axis=1) @ weights)[k]
+        within &= bool(np.all(left <= bound))
+        shown = np.isin(k, [K, *(2**power for power in range(4, 40))])
+        for name, values in zip(columns, (k, left, bound, gradient), strict=True):
+            columns[name] += [float(f"{value:.5g}") for value in values[shown]]
+    slope = _slope(columns["iterations"], columns["gradient"])
+    verdict = {"within": within, "slope": slope, "promised": row.promised}
+    return columns | verdict | {"squared": row.smooth}
 
 
 def _weights(row, theorem, K):
@@ -405,13 +411,11 @@ def _weights(row, theorem, K):
     return theorem.weights(K) if row.noisy and not row.smooth else theorem.weights
 
 
-def _slope(columns):
-    """Of the best gradient norm against K, both logarithmic: least squares."""
-    points = np.log([columns["iterations"], np.maximum(columns["gradient"], 1e-30)])
+def _slope(iterations, gradients):
+    """Of the gradient norm against K, both logarithmic: least squares."""
+    points = np.log([iterations, np.maximum(gradients, 1e-30)])
     return float(np.polyfit(*points, 1)[0])
 
 
-def _stack(parts, seeds):
-    """Trees of equal structure as one, stacked, each `seeds` times; lists become tuples."""
-    parts = [tuple(part) for part in parts]
-    return jax.tree.map(lambda *leaves: np.repeat(np.stack(leaves), seeds, axis=0), *parts)
+if __name__ == "__main__":
+    main()
