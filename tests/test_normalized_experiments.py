@@ -294,7 +294,8 @@ def test_a_curve_is_thinned_and_knows_no_nan():
     values = np.geomspace(1, 1e-6, 5001)[None] * np.array([[1.0], [2.0], [4.0]])
     values[:, -1] = np.inf
     line = curves.curve(values, label="x")
-    assert line["k"][0] == 0 and line["k"][-1] == 5000 and len(line["k"]) == 200
+    assert line["k"][0] == 0 and line["k"][-1] == 5000 and 150 <= len(line["k"]) < 160
+    assert line["k"][:10] == list(range(10))  # a run may leave the floats at once
     assert (line["low"][0], line["median"][0], line["high"][0]) == (1, 2, 4)
     assert line["high"][-1] is None
     assert "Infinity" not in json.dumps(line)
