@@ -8,7 +8,7 @@ Algorithms Under Generalized Smoothness Assumptions".
 
 from importlib import metadata as _metadata
 
-from . import ledger as ledger
+from . import ledger as ledger, theory as theory
 from ._axes import varying as varying
 from ._compressors import (
     Chain as Chain,
@@ -85,6 +85,7 @@ from ._optimizers import (
     normalize as normalize,
     normalized_ef21 as normalized_ef21,
     scion as scion,
+    sharp_step as sharp_step,
 )
 from ._polar import (
     JORDAN as JORDAN,

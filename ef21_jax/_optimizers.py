@@ -51,6 +51,31 @@ def lmo_step(
     return _step(direction, learning_rate, weight_decay)
 
 
+def sharp_step(
+    norms: Setting, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """The step −γ G^♯, to be added to the parameters: as long as γ ‖G‖_* (paper M, equation 4).
+
+    Steepest descent in the norm. The step of paper M's Theorems 3, 5, 14, 19, on smooth functions.
+
+    Args:
+      norms: as in `lmo_step`.
+      learning_rate: γ, or a schedule for it.
+    """
+
+    def sharp(updates, params=None):
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        chosen = per_leaf(norms, updates, Norm)
+        return treedef.unflatten(map_grouped(lambda norm, g: -norm.sharp(g), chosen, leaves))
+
+    def init(params):
+        per_leaf(norms, params, Norm)  # an error as early as can be
+        return optax.EmptyState()
+
+    return _step(optax.GradientTransformation(init, optax.stateless(sharp).update), learning_rate)
+
+
 def _step(direction, learning_rate, weight_decay=0.0):
     """`direction`, to be added, with decoupled weight decay, times the learning rate."""
     decay = [] if _is_zero(weight_decay) else [optax.add_decayed_weights(-weight_decay)]

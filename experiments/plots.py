@@ -4,6 +4,7 @@ To draw them again:
 
     python -m experiments.plots results/nanogpt/nanogpt.jsonl
     python -m experiments.plots experiments/results/nanogpt_sweep.json
+    python -m experiments.plots experiments/results/rates.jsonl
 """
 
 import itertools
@@ -12,6 +13,7 @@ import pathlib
 import sys
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments import records
@@ -48,7 +50,7 @@ def nanogpt_table(path):
             f" To target: how many times fewer bytes\nthan uncompressed until test loss "
             f"{target['loss_x']:.4f}, which uncompressed has at step {target['step']}."
         )
-    return f"{_aligned(rows)}\n{note}"
+    return f"{aligned(rows)}\n{note}"
 
 
 def nanogpt_picture(path):
@@ -77,7 +79,7 @@ def nanogpt_picture(path):
     for axis in (left, right):
         axis.grid(color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, pathlib.Path(path).with_suffix(".png"))
+    return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
 def sweep_picture(path):
@@ -102,7 +104,46 @@ def sweep_picture(path):
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", frameon=False)
-    return _save(figure, pathlib.Path(path).with_suffix(".png"))
+    return save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
+def rates_picture(path):
+    """Paper M's Table 1, a panel a row: left sides and bounds against K; returns its path."""
+    _, cells = records.read_lines(path)
+    rows = list(dict.fromkeys(cell["row"] for cell in cells))
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, -(-len(rows) // 2), squeeze=False)
+    # Column by column, so that each theorem stands above its layer-wise form.
+    for axis, row in zip(axes.T.flat, rows, strict=False):
+        own = [cell for cell in cells if cell["row"] == row]
+        for cell in own:
+            K = cell["iterations"]
+            power = 0.5 if cell["squared"] else 1.0
+            unit = cell["bound"][0] ** power
+            for key, exponent, style in (
+                ("bound", power, {"color": "#000000", "linestyle": ":"}),
+                ("left", power, {"color": "#0072B2"}),
+                ("gradient", 1.0, {"color": "#D55E00"}),
+            ):
+                values = [value**exponent / unit for value in cell[key]]
+                axis.plot(K, values, linewidth=0.8, alpha=0.6, **style)
+        slope = own[0]["promised"]
+        axis.plot(K, [3 * (k / K[0]) ** slope for k in K], color="0.5", linestyle="--")
+        axis.set_title(f"{row.replace('_', ' ').capitalize()}, slope {slope:g}", fontsize=10)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.grid(color="0.92", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("iterations K")
+    figure.supylabel("over the bound at the least K")
+    handles = [
+        Line2D([], [], color="#000000", linestyle=":", label="bound"),
+        Line2D([], [], color="#0072B2", label="left side"),
+        Line2D([], [], color="#D55E00", label="best gradient norm"),
+        Line2D([], [], color="0.5", linestyle="--", label="promised slope"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
 def _read(path):
@@ -166,7 +207,8 @@ def _times(ratio):
     return "–" if ratio is None else f"{ratio:.3g}×"
 
 
-def _aligned(rows):
+def aligned(rows):
+    """Rows of strings as lines; all columns but the first flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -175,7 +217,7 @@ def _aligned(rows):
     return "\n".join(lines)
 
 
-def _save(figure, path):
+def save(figure, path):
     with records.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     return path
@@ -184,5 +226,10 @@ def _save(figure, path):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.plots RECORD")
-    draw = nanogpt_picture if sys.argv[1].endswith(".jsonl") else sweep_picture
+    if not sys.argv[1].endswith(".jsonl"):
+        draw = sweep_picture
+    elif "row" in records.read_lines(sys.argv[1])[1][0]:
+        draw = rates_picture
+    else:
+        draw = nanogpt_picture
     print(draw(sys.argv[1]))

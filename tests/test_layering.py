@@ -48,6 +48,12 @@ ORDER = [
     "_routing",
     "_optimizers",
     "ledger",
+    "theory._checks",
+    "theory._layers",
+    "theory._muon_smooth",
+    "theory._muon_generalized",
+    "theory._normalized",
+    "theory",
     "__init__",
 ]
 # `distribute` knows no compressor and no norm, and a compressor never communicates.
@@ -66,13 +72,22 @@ FORBIDDEN = {
     "_compressors": {"_axes", "_matrix_norms", "_norms"},
     "_feedback": {"_axes", "_matrix_norms", "_norms"},
 }
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name(path):
+    """`theory._checks`; of a package its own name, and `__init__` of the outermost."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def own_imports(path):
+    folders = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = folders[: len(folders) - (node.level - 1)]
+            found = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (".".join((*package, module)) for module in found)
 
 
 def outer_imports(path):
@@ -83,13 +98,18 @@ def outer_imports(path):
             yield node.module
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_modules_import_only_what_lies_below(path):
-    below = set(ORDER[: ORDER.index(path.stem)])
-    assert set(own_imports(path)) <= below - FORBIDDEN.get(path.stem, set())
+    below = set(ORDER[: ORDER.index(name(path))])
+    assert set(own_imports(path)) <= below - FORBIDDEN.get(name(path), set())
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "theory").glob("*.py")), ids=name)
+def test_theorems_know_nothing_of_the_methods(path):
+    assert all(module.startswith("theory.") for module in own_imports(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_the_library_needs_only_jax_and_optax_and_nothing_private(path):
     outer = set(outer_imports(path))
     roots = {name.split(".")[0] for name in outer}
@@ -99,12 +119,17 @@ def test_the_library_needs_only_jax_and_optax_and_nothing_private(path):
 
 
 def public():
-    return {name: value for name, value in vars(ef21_jax).items() if not name.startswith("_")}
+    return {
+        f"{package.__name__}.{export}": value
+        for package in (ef21_jax, ef21_jax.theory)
+        for export, value in vars(package).items()
+        if not export.startswith("_")
+    }
 
 
-@pytest.mark.parametrize("name", sorted(public()))
-def test_every_export_has_a_docstring(name):
-    value = public()[name]
+@pytest.mark.parametrize("export", sorted(public()))
+def test_every_export_has_a_docstring(export):
+    value = public()[export]
     if inspect.ismodule(value) or inspect.isclass(value) or inspect.isfunction(value):
         assert inspect.getdoc(value)
 
