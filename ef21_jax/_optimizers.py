@@ -37,17 +37,7 @@ def lmo_step(
       weight_decay: decoupled: the step also takes learning_rate · weight_decay · params off.
     """
 
-    def lmo(updates, params=None):
-        del params
-        leaves, treedef = jax.tree.flatten(updates)
-        chosen = per_leaf(norms, updates, Norm)
-        return treedef.unflatten(norm.lmo(g) for norm, g in zip(chosen, leaves, strict=True))
-
-    def init(params):
-        per_leaf(norms, params, Norm)  # an error as early as can be
-        return optax.EmptyState()
-
-    direction = optax.GradientTransformation(init, optax.stateless(lmo).update)
+    direction = _of_each(norms, lambda norm, g: norm.lmo(g))
     return _step(direction, learning_rate, weight_decay)
 
 
@@ -63,17 +53,23 @@ def sharp_step(
       learning_rate: γ, or a schedule for it.
     """
 
-    def sharp(updates, params=None):
+    return _step(_of_each(norms, lambda norm, g: -norm.sharp(g)), learning_rate)
+
+
+def _of_each(norms, oracle):
+    """`oracle` of each leaf's norm and the leaf."""
+
+    def update(updates, params=None):
         del params
         leaves, treedef = jax.tree.flatten(updates)
         chosen = per_leaf(norms, updates, Norm)
-        return treedef.unflatten(map_grouped(lambda norm, g: -norm.sharp(g), chosen, leaves))
+        return treedef.unflatten(oracle(norm, g) for norm, g in zip(chosen, leaves, strict=True))
 
     def init(params):
         per_leaf(norms, params, Norm)  # an error as early as can be
         return optax.EmptyState()
 
-    return _step(optax.GradientTransformation(init, optax.stateless(sharp).update), learning_rate)
+    return optax.GradientTransformation(init, optax.stateless(update).update)
 
 
 def _step(direction, learning_rate, weight_decay=0.0):

@@ -103,7 +103,7 @@ def _init(starts, workers, *, method, uplink, loss, exact):
     def one_lane(x):
         state = ef21.replicate(tx.init(x), n)
         gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(x, workers)
-        return ef21.warm_start(state, gradients) if exact else state
+        return ef21.warm_start(tx, state, gradients) if exact else state
 
     return jax.vmap(one_lane)(starts)
 
@@ -120,7 +120,8 @@ def _advance(carry, workers, step_sizes, *, method, uplink, loss, measure, lengt
 
         def one(carry, _):
             x, state, (values, gradients) = ef21.spmd(step)(*carry, workers)
-            estimates = optax.tree.get(state.worker, "estimate")
+            stacked = optax.tree.get(state.worker, "estimate")
+            estimates = jax.vmap(lambda estimate: tx.unstack(estimate, x))(stacked)
             return (x, state), measure(values, gradients, estimates)
 
         return jax.lax.scan(one, carry, length=length)

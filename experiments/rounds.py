@@ -111,11 +111,12 @@ def _batch(method, lane, k):
 def _init(method, lanes):
     def one_lane(lane):
         n = len(jax.tree.leaves(lane.workers)[0])
-        state = ef21.replicate(_optimizer(method, lane).init(lane.starts), n)
+        tx = _optimizer(method, lane)
+        state = ef21.replicate(tx.init(lane.starts), n)
         if method.warm:
             # The first round has the same noise, so that it leaves M and G as they are.
             gradients = jax.vmap(_gradient, in_axes=(None, 0))(lane.starts, _batch(method, lane, 0))
-            state = ef21.warm_start(state, gradients)
+            state = ef21.warm_start(tx, state, gradients)
         return lane.starts, state
 
     return jax.vmap(one_lane)(lanes)
@@ -131,7 +132,7 @@ def _advance(method, lanes, carry, begin, chunk):
             return optax.apply_updates(params, updates), state, None
 
         def one_round(carry, k):
-            model = ef21.server_params(*carry)  # X^k: the guarantee is for it
+            model = ef21.server_params(tx, *carry)  # X^k: the guarantee is for it
             gradients = jax.vmap(jax.grad(_loss), in_axes=(None, 0))(model, lane.workers)
             *carry, _ = ef21.spmd(one_worker)(*carry, _batch(method, lane, k))
             return tuple(carry), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)

@@ -77,7 +77,7 @@ def test_all_public_optimizers_are_tested_here():
         if inspect.isfunction(value)
         and inspect.signature(value).return_annotation is ef21.Distributed
     }
-    assert public - {"distribute"} == set(OPTIMIZERS)
+    assert public - {"distribute", "grouped"} == set(OPTIMIZERS)
 
 
 # Structure. Traced only, never compiled. ----------------------------------------------------------

@@ -535,7 +535,7 @@ def descent():
 
     def one_round(carry, _):
         params, state = carry
-        model = ef21.server_params(params, state)
+        model = ef21.server_params(tx, params, state)
         exact = gradients(model, workers)
         residual = optax.tree.get(state.downlink, "residual")  # X^k − W^k
         *carry, _ = ef21.spmd(one_worker)(params, state, workers)
