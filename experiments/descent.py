@@ -120,8 +120,9 @@ def _advance(carry, workers, step_sizes, *, method, uplink, loss, measure, lengt
 
         def one(carry, _):
             x, state, (values, gradients) = ef21.spmd(step)(*carry, workers)
-            stacked = optax.tree.get(state.worker, "estimate")
-            estimates = jax.vmap(lambda estimate: tx.unstack(estimate, x))(stacked)
+            estimates = optax.tree.get(state.worker, "estimate")
+            if estimates is not None:
+                estimates = jax.vmap(lambda estimate: tx.unstack(estimate, x))(estimates)
             return (x, state), measure(values, gradients, estimates)
 
         return jax.lax.scan(one, carry, length=length)
