@@ -88,8 +88,10 @@ from ._optimizers import (
     sharp_step as sharp_step,
 )
 from ._polar import (
+    CUBIC as CUBIC,
     JORDAN as JORDAN,
     POLAR_EXPRESS as POLAR_EXPRESS,
+    YOU as YOU,
     orthogonalize as orthogonalize,
     polar_express as polar_express,
 )

@@ -7,6 +7,7 @@ one output, and is a column of ours.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from ._polar import POLAR_EXPRESS, Coefficients, orthogonalize, over_largest, un
 class Spectral(Norm):
     """The largest singular value, with dual their sum. The step is −U Vᵀ: Muon.
 
-    By Newton-Schulz iterations; `exact` takes a singular value decomposition instead, which is
-    slow and meant for checking. `norm` and `dual` always do.
+    By Newton-Schulz iterations, with `coefficients` and `dtype` as of `orthogonalize`; `exact`
+    takes a singular value decomposition instead, which is slow and meant for checking. `norm` and
+    `dual` always do.
 
     Raises:
       ValueError: where applied to an array of fewer than two axes.
@@ -30,6 +32,7 @@ class Spectral(Norm):
 
     coefficients: Coefficients = POLAR_EXPRESS
     exact: bool = False
+    dtype: Any = None
 
     schatten = math.inf
 
@@ -42,7 +45,7 @@ class Spectral(Norm):
     def lmo(self, g):
         if self.exact:
             return SchattenP(math.inf).lmo(_matrix(self, g))
-        return -orthogonalize(_matrix(self, g), self.coefficients)
+        return -orthogonalize(_matrix(self, g), self.coefficients, dtype=self.dtype)
 
     def equivalence(self, shape):
         return SchattenP(math.inf).equivalence(shape)

@@ -55,9 +55,22 @@ def test_steps_out_of_range_are_named(steps):
         ef21.polar_express(steps)
 
 
-def test_jordan_ends_where_it_is_known_to():
-    last = stages(SIGMAS[SIGMAS >= 3e-3], ef21.JORDAN)[-1]
-    assert 0.68 <= np.min(last) and np.max(last) <= 1.21
+TABLES = {
+    "JORDAN": (ef21.JORDAN, 3e-3, 0.68, 1.21),
+    "YOU": (ef21.YOU, 0.01, 0.98, 1.03),
+    "CUBIC": (ef21.CUBIC, 0.01, 0.77, 1.30),
+    "POLAR_EXPRESS": (ef21.POLAR_EXPRESS, 1e-3, 0.994, 1.0 + 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_table_ends_where_it_is_known_to_and_reverses_nothing(name):
+    coefficients, least, low, high = TABLES[name]
+    last = stages(SIGMAS[SIGMAS >= least], coefficients)[-1]
+    assert low <= np.min(last) <= low + 0.01 and high - 0.01 <= np.max(last) <= high
+    assert np.all(stages(SIGMAS, coefficients) > 0)
+    # Rounding may bring σ = 1, the one of a matrix of rank one, a little above.
+    assert np.all(stages(np.linspace(1, 1.003, 11), coefficients) > 0)
 
 
 # --- The iterations ---
@@ -165,3 +178,15 @@ def test_unit_scale_has_length_one_whatever_the_size():
     np.testing.assert_allclose(lengths, [1, 1, 1, 1, 0], rtol=1e-6)
     whole = np.asarray(unit_scale(jnp.asarray(x, jnp.float32), (0, 1, 2)), float)
     assert np.linalg.norm(whole) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_in_bfloat16_no_singular_value_ends_far_above_one(shape):
+    x = inputs(shape)
+    norm = ef21.Spectral(ef21.YOU, dtype=jnp.bfloat16)
+    o = jax.jit(norm.lmo)(jnp.asarray(x, jnp.float32))
+    assert o.dtype == jnp.float32
+    o = -np.asarray(o, np.float64)
+    length = np.linalg.norm(o, 2, axis=(1, 2))
+    attained = np.sum(x * o, axis=(1, 2)) / (np.linalg.norm(x, "nuc", axis=(1, 2)) * length)
+    assert np.all(attained >= 0.85) and np.all(length <= 1.2)
