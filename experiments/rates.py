@@ -406,7 +406,7 @@ def _curve(row, layers, chosen, by_k):
         for name, values in zip(columns, (k, left, bound, gradient), strict=True):
             columns[name] += [float(f"{value:.5g}") for value in values[shown]]
     points = columns["iterations"], columns["gradient"]
-    half = len(points[0]) // 2
+    half = min(len(points[0]) // 2, len(points[0]) - 2)  # two points make a slope
     return columns | {
         "within": within,
         "promised": row.promised,
