@@ -129,6 +129,14 @@ def test_noise_has_the_length_it_should_and_repeats_within_a_round():
         )
 
 
+def test_chunks_are_one_run():
+    problems = [quadratics.same(N, SHAPE)]
+    method = rounds.Method((ef21.Frobenius(),), (ef21.Identity(),), None, False, True, False)
+    one = lanes(problems, [[0.1]], [0.5], sigmas=1.0)
+    found = [rounds.dual_norms(method, one, 6, chunk=chunk) for chunk in (3, 6)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 # The table.
 
 
