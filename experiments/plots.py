@@ -111,7 +111,7 @@ def rates_picture(path):
     """Paper M's Table 1, a panel a row: left sides and bounds against K; returns its path."""
     _, cells = records.read_lines(path)
     rows = list(dict.fromkeys(cell["row"] for cell in cells))
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(2, -(-len(rows) // 2), squeeze=False)
     # Column by column, so that each theorem stands above its layer-wise form.
     for axis, row in zip(axes.T.flat, rows, strict=False):
@@ -125,11 +125,14 @@ def rates_picture(path):
                 ("left", power, {"color": "#0072B2"}),
                 ("gradient", 1.0, {"color": "#D55E00"}),
             ):
+                if key == "gradient" and not cell["squared"]:
+                    continue  # there it is the left side
                 values = [value**exponent / unit for value in cell[key]]
-                axis.plot(K, values, linewidth=0.8, alpha=0.6, **style)
+                axis.plot(K, values, linewidth=0.6, **style)
         slope = own[0]["promised"]
         axis.plot(K, [3 * (k / K[0]) ** slope for k in K], color="0.5", linestyle="--")
-        axis.set_title(f"{row.replace('_', ' ').capitalize()}, slope {slope:g}", fontsize=10)
+        axis.set_title(f"{row.replace('_', ' ').capitalize()}, slope {slope:g}", fontsize=9)
+        axis.tick_params(labelsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.grid(color="0.92", linewidth=0.6)
@@ -139,7 +142,7 @@ def rates_picture(path):
     handles = [
         Line2D([], [], color="#000000", linestyle=":", label="bound"),
         Line2D([], [], color="#0072B2", label="left side"),
-        Line2D([], [], color="#D55E00", label="best gradient norm"),
+        Line2D([], [], color="#D55E00", label="best gradient norm, where it is not the left side"),
         Line2D([], [], color="0.5", linestyle="--", label="promised slope"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)

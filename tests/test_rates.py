@@ -129,6 +129,14 @@ def test_noise_has_the_length_it_should_and_repeats_within_a_round():
         )
 
 
+def test_chunks_are_one_run():
+    problems = [quadratics.same(N, SHAPE)]
+    method = rounds.Method((ef21.Frobenius(),), (ef21.Identity(),), None, False, True, False)
+    one = lanes(problems, [[0.1]], [0.5], sigmas=1.0)
+    found = [rounds.dual_norms(method, one, 6, chunk=chunk) for chunk in (3, 6)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 # The table.
 
 
@@ -154,7 +162,7 @@ def test_every_compressor_is_contractive_where_its_theorem_asks_for_it():
             assert 0 < uplinks[i].contraction(rates.SHAPE) < 1
 
 
-TINY = "--iterations 8 32 --longest 64 --seeds 2 --compressors largest top".split()
+TINY = "--iterations 8 32 --longest 128 --seeds 2 --compressors largest top".split()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +186,7 @@ def test_a_small_table_has_every_row_and_stays_within_the_bounds(outcome):
         assert cell["within"]
         assert all(a <= b for a, b in zip(cell["left"], cell["bound"], strict=True))
         assert all(g > 0 for g in cell["gradient"])
-        assert cell["iterations"] == ([16, 32, 64] if cell["row"] in SINGLE_RUNS else [8, 32])
+        assert cell["iterations"] == ([16, 32, 64, 128] if cell["row"] in SINGLE_RUNS else [8, 32])
     assert printed.splitlines()[-1] == "target rows_of_table1_within_bound 8"
     for row in rates.ROWS:
         assert f"target slope_of_theorem_{row.theorem} -" in printed
@@ -207,7 +215,7 @@ def test_the_picture_is_drawn_from_the_record_again(outcome, monkeypatch, capsys
 def cell(row, left, bound, **more):
     within = left <= bound
     base = {"row": row, "left": [left], "bound": [bound], "slope": -1.0, "within": within}
-    return base | more
+    return base | {"late_slope": -0.8} | more
 
 
 def test_a_bound_that_is_exceeded_anywhere_costs_its_row():
@@ -218,7 +226,10 @@ def test_a_bound_that_is_exceeded_anywhere_costs_its_row():
         "slope_of_theorem_4": -1.0,
         "rows_of_table1_within_bound": 1,
     }
-    assert "1 of 2" in rates.table(cells) and "<= 1.5" in rates.table(cells)
+    lines = rates.table(cells).splitlines()
+    assert lines[1].split()[-6:] == ["-0.80", "<=", "0.5", "2", "of", "2"]
+    assert "-0.70 to -0.60" in lines[1]
+    assert lines[2].split()[-5:] == ["<=", "1.5", "1", "of", "2"]
 
 
 def curve(theorem, norms):
@@ -276,6 +287,39 @@ def test_smooth_rows_average_squares_and_the_others_take_the_least():
 def test_a_slope_is_that_of_the_logarithms():
     K = [10, 100, 1000]
     assert rates._slope(K, [3 * k**-0.5 for k in K]) == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("theorem", [5, 19, 6, 24])
+def test_runs_have_the_momentum_of_their_theorem(theorem):
+    _, row, layers, _ = curve(theorem, np.ones(9))
+    _, decay = rates._settings(row, layers, 100)
+    if not row.smooth:
+        assert decay == pytest.approx(1 - 1 / math.sqrt(101))
+        return
+    single = rates.ROWS[4]
+    betas = [
+        theory.Corollary2(**rates._constants(single, layers, (i,))).beta(100) for i in range(3)
+    ]
+    assert decay == 1 - min(betas) and 0 < min(betas) < 1
+    chosen = (0, 1, 2) if row.layers else (0,)
+    assert np.all(np.equal(rates._theorem(row, layers, chosen, 100).momentum, decay))
+
+
+def test_runs_without_noise_have_no_momentum():
+    for theorem in (3, 14, 4, 17):
+        _, row, layers, _ = curve(theorem, np.ones(9))
+        assert rates._settings(row, layers, 100)[1] == 0
+
+
+def test_the_gap_is_above_the_least_value():
+    method = rounds.Method(
+        tuple(rates.NORMS.values()), rates.EXACT["largest"], None, True, False, True
+    )
+    layer = rates.Layer.of(rates.Config(), quadratics.different, method, 0)
+    hessian = layer.problem._hessian()
+    d = (layer.start - layer.problem.minimizer).ravel()
+    assert layer.problem.lower > 0.1
+    assert layer.gap == pytest.approx(d @ hessian @ d / 2, rel=1e-4)
 
 
 def test_step_sizes_of_pairs_are_those_of_all_layers():

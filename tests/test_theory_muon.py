@@ -251,6 +251,45 @@ def test_a_smaller_step_size_is_a_share_of_the_largest(theorem, scale):
     assert quiet[0].bound(K) == pytest.approx(quiet[1].bound(K) / scale)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lyapunov_values_weigh_the_errors_as_the_paper_does(seed):
+    c = draw(seed)
+    a, p = c["alpha_D"], c["alpha_P"]
+    root = math.sqrt(1 - a)
+    mean_squares = [sum(x**2 for x in row) / len(row) for row in c["L_workers"]]
+    high2 = [high**2 for _, high in c["rho"]]
+    ratio2 = [(high / low) ** 2 for low, high in c["rho"]]
+    g14 = [theorem14_gamma(c, i) for i in range(2)]
+    g19 = [theorem19_gamma(c, i, beta) for i, beta in enumerate(c["beta"])]
+    t17 = [eta / math.sqrt(K + 1) for eta in c["eta"]]
+    t24 = [eta / (K + 1) ** 0.75 * high for eta, (_, high) in zip(c["eta"], c["rho"], strict=True)]
+    expected = {
+        ("14", "estimates"): [6 * g / a for g in g14],
+        ("14", "models"): [
+            66 * g / a**2 * (2 / p - 1) * m for g, m in zip(g14, mean_squares, strict=True)
+        ],
+        ("19", "momenta"): [6 * h / b * g for h, b, g in zip(high2, c["beta"], g19, strict=True)],
+        ("19", "worker_momenta"): [
+            72 * h * b / a**2 * g for h, b, g in zip(high2, c["beta"], g19, strict=True)
+        ],
+        ("19", "estimates"): [6 * h / a * g for h, g in zip(high2, g19, strict=True)],
+        ("19", "models"): [
+            6 * r * ((b + 2) * L**2 + 6 * b**2 * (2 * b + 5) / a**2 * m) * (2 / p - 1) * g
+            for r, b, L, m, g in zip(ratio2, c["beta"], c["L"], mean_squares, g19, strict=True)
+        ],
+        ("17", "estimates"): [2 * t / (1 - root) for t in t17],
+        ("24", "estimates"): [2 * t / (1 - root) for t in t24],
+        ("24", "worker_momenta"): [2 * t * root / (1 - root) for t in t24],
+    }
+    for (number, errors), weights in expected.items():
+        theorem = make(getattr(theory, f"Theorem{number}"), c)
+        at = (K, 5.0) if number in ("17", "24") else (5.0,)
+        assert theorem.lyapunov(*at) == 5.0
+        for i, weight in enumerate(weights):
+            one = [float(i == j) for j in range(2)]
+            assert theorem.lyapunov(*at, **{errors: one}) - 5.0 == pytest.approx(weight)
+
+
 # What units demand. A lost root, or σ for σ², breaks them.
 
 
