@@ -57,7 +57,7 @@ def test_steps_out_of_range_are_named(steps):
 
 TABLES = {
     "JORDAN": (ef21.JORDAN, 3e-3, 0.68, 1.21),
-    "YOU": (ef21.YOU, 0.01, 0.98, 1.03),
+    "YOU": (ef21.YOU, 0.01, 0.97, 1.04),
     "CUBIC": (ef21.CUBIC, 0.01, 0.77, 1.30),
     "POLAR_EXPRESS": (ef21.POLAR_EXPRESS, 1e-3, 0.994, 1.0 + 1e-6),
 }
