@@ -194,15 +194,47 @@ def _iterate_gram_once(y, coefficients, wide):
 # Contractions name their axes, so nothing is ever transposed in memory.
 
 
+# All matrices on the short side are symmetric and commute, so that their products are symmetric
+# too: of four blocks three are computed, in a quarter fewer operations. Multiplying smaller blocks
+# pays on a CPU alone.
+
+_WORTH_BLOCKS = 256  # rows
+
+
 def _product(a, b):
-    return jnp.einsum("...ij,...jk->...ik", a, b, precision="highest")
+    """AB = ABᵀ, which is symmetric."""
+    return _symmetric_product(a, b, wide=True)
 
 
 def _gram(y, wide):
-    form = "...ik,...jk->...ij" if wide else "...ki,...kj->...ij"
-    return jnp.einsum(form, y, y, precision="highest")
+    """YYᵀ; YᵀY of a tall one."""
+    return _symmetric_product(y, y, wide)
+
+
+def _symmetric_product(a, b, wide):
+    def whole(a, b):
+        return _matmul("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", a, b)
+
+    def blocks(a, b):
+        (a_first, a_second), (b_first, b_second) = (
+            jnp.split(x, [size // 2], axis=-2 if wide else -1) for x in (a, b)
+        )
+        corner = whole(a_first, b_second)
+        above = jnp.concatenate([whole(a_first, b_first), corner], axis=-1)
+        corner = jnp.swapaxes(corner, -1, -2)
+        below = jnp.concatenate([corner, whole(a_second, b_second)], axis=-1)
+        return jnp.concatenate([above, below], axis=-2)
+
+    size = a.shape[-2 if wide else -1]
+    if size < _WORTH_BLOCKS:
+        return whole(a, b)
+    return lax.platform_dependent(a, b, cpu=blocks, default=whole)
+
+
+def _matmul(form, a, b):
+    return jnp.einsum(form, a, b, precision="highest")
 
 
 def _apply(short, y, wide):
     form = "...ij,...jk->...ik" if wide else "...ik,...jk->...ji"
-    return jnp.einsum(form, short, y, precision="highest")
+    return _matmul(form, short, y)
