@@ -9,12 +9,13 @@ import pytest
 
 import ef21_jax as ef21
 from experiments import table2
+from experiments.models import gpt
 
 
 @functools.cache
 def costs(name):
     compressor = next(row[1] for row in table2.ROWS if row[0] == name)
-    return table2.relative_costs(compressor, table2.parameters())
+    return table2.relative_costs(compressor, gpt.parameter_shapes(gpt.PRESETS["124m"]))
 
 
 @pytest.mark.parametrize(("name", "printed"), [(row[0], row[2]) for row in table2.ROWS])
