@@ -31,7 +31,7 @@ PRESETS = {
     "124m": gpt.PRESETS["124m"],
     # As many matrices, a third as wide and with a third of the vocabulary: a ninth of the memory.
     "twin": gpt.GPTConfig(vocab_size=16_768, heads=4, width=256, hidden=1024),
-    "tiny": gpt.PRESETS["tiny"],
+    "tiny": dataclasses.replace(gpt.PRESETS["tiny"], layers=1),
 }
 ModelName = Literal["twin", "124m", "tiny"]
 
@@ -87,6 +87,7 @@ RATIOS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
+    turns: int = 5  # each of them times everything once
     methods: tuple[MethodName, ...] = tuple(METHODS)
     model: ModelName = "twin"  # a ninth of NanoGPT-124M, or the whole: 13 GB for all methods
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and gradients
@@ -208,45 +209,47 @@ class Repeated:
 
 
 def torch_muon(gradients, params):
-    """A call that takes a step of PyTorch's Muon, or None, with a line that says why.
-
-    It orthogonalises in bfloat16, whatever the dtype of the gradients.
-    """
+    """`TorchMuon`, or None, with a line that says why."""
     if jax.default_backend() != "cpu":
         print("torch.optim.Muon is left out: it is timed on a CPU only.")
         return None
     try:
         import torch
 
-        make = torch.optim.Muon
+        torch.optim.Muon  # noqa: B018
     except (ImportError, AttributeError):
         print("torch.optim.Muon is left out: it needs `pip install 'torch>=2.9'`.")
         return None
+    return TorchMuon(torch, gradients, params)
 
-    def tensors(tree):
-        leaves = (np.array(leaf, np.float32) for leaf in jax.tree.leaves(tree))
-        dtype = torch.bfloat16 if jax.tree.leaves(tree)[0].dtype == jnp.bfloat16 else torch.float32
-        return [torch.from_numpy(leaf).to(dtype) for leaf in leaves]
 
-    weights, slopes = tensors(params), [tensors(tree) for tree in gradients]
-    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
-    embedding = [w for path, w in zip(paths, weights, strict=True) if path[0].key == "wte"]
-    hidden = [w for path, w in zip(paths, weights, strict=True) if path[0].key != "wte"]
-    optimizers = [
-        make(hidden, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0),
-        torch.optim.AdamW(embedding, lr=LEARNING_RATE, weight_decay=0.0),
-    ]
-    calls = 0
+class TorchMuon:
+    """A step of PyTorch's Muon, which orthogonalises in bfloat16 whatever the gradients are."""
 
-    def call():
-        nonlocal calls
-        for weight, slope in zip(weights, slopes[calls % len(slopes)], strict=True):
-            weight.grad = slope
-        calls += 1
-        for optimizer in optimizers:
+    def __init__(self, torch, gradients, params):
+        def tensors(tree):
+            leaves = jax.tree.leaves(tree)
+            dtype = getattr(torch, leaves[0].dtype.name)
+            return [torch.from_numpy(np.array(leaf, np.float32)).to(dtype) for leaf in leaves]
+
+        self.weights, self.gradients = tensors(params), [tensors(tree) for tree in gradients]
+        names = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]
+        named = list(zip(names, self.weights, strict=True))
+        hidden = [weight for name, weight in named if name != "wte"]
+        embedding = [weight for name, weight in named if name == "wte"]
+        self.optimizers = [
+            torch.optim.Muon(hidden, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0),
+            torch.optim.AdamW(embedding, lr=LEARNING_RATE, weight_decay=0.0),
+        ]
+        self.calls = 0
+
+    def __call__(self):
+        gradients = self.gradients[self.calls % len(self.gradients)]
+        self.calls += 1
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        for optimizer in self.optimizers:
             optimizer.step()
-
-    return call
 
 
 if __name__ == "__main__":

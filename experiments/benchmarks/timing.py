@@ -31,7 +31,7 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "seed" and isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1 and field.name != "seed":
                 raise ValueError(f"`{field.name}` must be at least 1, got {value}.")
 
 
