@@ -102,14 +102,25 @@ def test_compile_end_to_end(run):
     figures, record, printed = run(compile, args)
     kinds = ("compile_seconds", "temporary_mb", "instructions", "computing", "computing_growth")
     assert set(figures) == {f"{name}{kind}" for name in ("", "optax_muon_") for kind in kinds}
-    for turns in record["turns"].values():
-        assert len(turns) == 1
-        for turn in turns:
-            assert turn["total"] == pytest.approx(turn["tracing"] + turn["compiling"])
-            assert turn["instructions"] > turn["computing"] > 0
+    assert [(row["method"], row["layers"]) for row in record["measures"]] == [
+        ("uncompressed", 1),
+        ("optax_muon", 1),
+        ("uncompressed", 2),
+        ("optax_muon", 2),
+    ]
+    for row in record["measures"]:
+        [turn] = row["turns"]
+        assert turn["total"] == pytest.approx(turn["tracing"] + turn["compiling"])
+        assert turn["instructions"] > turn["computing"] > 0
     # optax treats each matrix by itself: twice the layers are about twice the program.
     assert 1.5 < figures["optax_muon_computing_growth"] < 2.2
     assert "computing at 2" in printed
+
+
+def test_compile_of_the_model_as_it_is(run):
+    figures, _, _ = run(compile, "--turns 1 --model tiny --methods gluon --no-deeper --clock cpu")
+    kinds = ("compile_seconds", "temporary_mb", "instructions", "computing")
+    assert set(figures) == {f"gluon_{kind}" for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +130,8 @@ def test_compile_end_to_end(run):
         (polar.Config, {"turns": 0}, "`turns` must be at least 1, got 0"),
         (polar.Config, {"alignment_size": -3}, "`alignment_size` must be at least 1, got -3"),
         (step.Config, {"matmul_size": 0}, "`matmul_size` must be at least 1, got 0"),
-        (step.Config, {"methods": ()}, r"`methods` must be among \['uncompressed'.*got none"),
-        (compile.Config, {"methods": ()}, "`methods` must be among"),
+        (step.Config, {"methods": ()}, "`methods` must name one at least, got none"),
+        (compile.Config, {"methods": ()}, "`methods` must name one"),
         (compile.Config, {"turns": 0}, "`turns` must be at least 1, got 0"),
     ],
 )
@@ -150,7 +161,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     clock = Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setitem(timing.CLOCKS, "wall", lambda: clock.now)
     return clock
 
 
@@ -166,13 +177,20 @@ def test_all_are_timed_in_each_turn_and_short_ones_more_than_once(clock):
 
         return run
 
-    seconds = timing.interleaved({name: call(name) for name in costs}, turns=3)
+    seconds = timing.interleaved({name: call(name) for name in costs}, timing.Config(turns=3))
     # Two to warm up, then each turn: one of the long, and of the short one not counted and four.
     warm = ["long"] * 2 + ["short"] * 2
     assert log == warm + (["long"] + ["short"] * 5) * 3
     np.testing.assert_allclose(seconds["long"], [1.01**i for i in (2, 3, 4)])
     shorts = [np.mean([0.006 * 1.01 ** (3 + 5 * turn + i) for i in range(4)]) for turn in range(3)]
     np.testing.assert_allclose(seconds["short"], shorts)
+
+
+def test_the_clock_is_the_one_asked_for(clock, monkeypatch):
+    monkeypatch.setitem(timing.CLOCKS, "cpu", lambda: 3 * clock.now)
+    for name, seconds in [("wall", 2.0), ("cpu", 6.0)]:
+        config = timing.Config(turns=1, clock=name)
+        assert timing.interleaved({"call": lambda: clock.pass_(2.0)}, config) == {"call": [seconds]}
 
 
 def test_a_ratio_is_that_of_the_turns_and_not_of_the_medians():

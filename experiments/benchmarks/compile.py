@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import re
 import statistics
-import time
 
 import jax
 import tqdm
@@ -33,6 +32,7 @@ from experiments.benchmarks.step import (
 
 MODULE = "experiments.benchmarks.compile"
 BASE = "uncompressed"  # whose figures have no prefix
+PARTS = ("tracing", "compiling", "total")  # the seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,64 +40,49 @@ class Config(timing.Config):
     turns: int = 3  # each of them compiles everything once
     methods: tuple[MethodName, ...] = tuple(METHODS)
     model: ModelName = "124m"  # whose shapes the step has
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.methods:
-            raise ValueError(f"`methods` must be among {list(METHODS)}, got none.")
+    deeper: bool = True  # also with twice the layers
 
 
 def main(args=None):
     config = timing.configure(Config, MODULE, __doc__, args)
     model = PRESETS[config.model]
-    deeper = dataclasses.replace(model, layers=2 * model.layers)
-    measures = {name: [] for name in config.methods}
-    grown = {}
-    with (
-        nothing_cached(),
-        tqdm.tqdm(
-            total=(config.turns + 1) * len(config.methods), desc="compiling", disable=None
-        ) as bar,
-    ):
-        for _ in range(config.turns):
-            for name in config.methods:
-                measures[name].append(measure(METHODS[name], model))
-                bar.update()
-        for name in config.methods:
-            grown[name] = measure(METHODS[name], deeper)
-            bar.update()
+    # The second is compiled once, for its size alone.
+    models = [model, dataclasses.replace(model, layers=2 * model.layers)][: 1 + config.deeper]
+    clock = timing.CLOCKS[config.clock]
+    jobs = [(name, model) for _ in range(config.turns) for name in config.methods]
+    jobs += [(name, deeper) for deeper in models[1:] for name in config.methods]
+    measures = {(name, model): [] for name, model in jobs}
+    with nothing_cached():
+        for name, model in tqdm.tqdm(jobs, "compiling", disable=None):
+            measures[name, model].append(measure(METHODS[name], model, clock))
+    report(config, args, models, measures)
 
+
+def report(config, args, models, measures):
     figures, rows = {}, []
-    for name, turns in measures.items():
-        last, deep = turns[-1], grown[name]
-        tracing, compiling, total = (
-            statistics.median(turn[part] for turn in turns)
-            for part in ("tracing", "compiling", "total")
-        )
+    for name in config.methods:
+        turns, *deeper = (measures[name, model] for model in models)
+        seconds = [statistics.median(turn[part] for turn in turns) for part in PARTS]
+        last, *grown = [turns[-1], *(found[0] for found in deeper)]
         prefix = "" if name == BASE else f"{name}_"
         figures |= {
-            f"{prefix}compile_seconds": total,
+            f"{prefix}compile_seconds": seconds[-1],
             f"{prefix}temporary_mb": last["temporary"] / 1e6,
             f"{prefix}instructions": last["instructions"],
             f"{prefix}computing": last["computing"],
-            f"{prefix}computing_growth": deep["computing"] / last["computing"],
         }
-        rows.append(
-            (
-                name,
-                f"{tracing:.2f}",
-                f"{compiling:.2f}",
-                f"{total:.2f}",
-                f"{last['temporary'] / 1e6:.0f}",
-                *(f"{m[kind]}" for kind in ("instructions", "computing") for m in (last, deep)),
-            )
-        )
-    layers = [
-        f"{count} at {n}" for count in ("all", "computing") for n in (model.layers, deeper.layers)
+        for found in grown:
+            figures[f"{prefix}computing_growth"] = found["computing"] / last["computing"]
+        sizes = [found[kind] for kind in ("instructions", "computing") for found in (last, *grown)]
+        temporary = f"{last['temporary'] / 1e6:.0f}"
+        rows.append((name, *(f"{s:.2f}" for s in seconds), temporary, *map(str, sizes)))
+    counts = [f"{kind} at {model.layers}" for kind in ("all", "computing") for model in models]
+    print(timing.table((f"{config.model}, seconds:", *PARTS, "temporary MB", *counts), rows))
+    details = [
+        {"method": name, "layers": model.layers, "turns": turns}
+        for (name, model), turns in measures.items()
     ]
-    head = (f"{config.model}, seconds:", "tracing", "compiling", "total", "temporary MB", *layers)
-    print(timing.table(head, rows))
-    timing.finish(config, MODULE, args, figures, turns=measures, deeper=grown)
+    timing.finish(config, MODULE, args, figures, measures=details)
 
 
 @contextlib.contextmanager
@@ -111,17 +96,17 @@ def nothing_cached():
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-def measure(tx, model):
+def measure(tx, model, clock):
     """Seconds, bytes and instructions of the step of one method."""
     params = parameter_shapes(model)
     state = jax.eval_shape(tx.init, params)
     jax.clear_caches()
-    begin = time.perf_counter()
+    begin = clock()
     step = jax.jit(optimizer_step(tx), donate_argnums=(1, 2))
     lowered = step.lower(params, params, state)
-    traced = time.perf_counter()
+    traced = clock()
     executable = lowered.compile()
-    end = time.perf_counter()
+    end = clock()
     opcodes = count_opcodes(executable.as_text())
     return {
         "tracing": traced - begin,

@@ -54,7 +54,7 @@ def main(args=None):
         name: functools.partial(program, x, key)
         for name, program in timing.compiled(programs).items()
     }
-    seconds = timing.interleaved(calls, config.turns)
+    seconds = timing.interleaved(calls, config)
 
     figures, rows = {}, []
     for name, compressor in COMPRESSORS.items():

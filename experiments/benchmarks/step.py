@@ -95,11 +95,6 @@ class Config(timing.Config):
     matmul_size: int | None = None  # of the product that gives the peak; None: large enough
     seed: int = 0  # of parameters and gradients
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.methods:
-            raise ValueError(f"`methods` must be among {list(METHODS)}, got none.")
-
 
 def main(args=None):
     config = timing.configure(Config, MODULE, __doc__, args)
@@ -124,7 +119,7 @@ def main(args=None):
     if config.torch and (torch_call := torch_muon(gradients, params)):
         calls["torch_muon"] = torch_call
     peak = timing.MatmulPeak.of(config.dtype, config.matmul_size)
-    seconds = timing.interleaved(calls | peak.calls, config.turns)
+    seconds = timing.interleaved(calls | peak.calls, config)
     report(config, args, shapes, seconds, flops, peak.rate(seconds))
 
 

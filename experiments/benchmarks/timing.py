@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class Config:
     """What every benchmark can be told."""
 
     turns: int = 9  # each of them times everything once
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, where others keep it waiting
     json: pathlib.Path | None = None  # a file for the figures
 
     def __post_init__(self):
@@ -33,6 +35,8 @@ class Config:
             value = getattr(self, field.name)
             if type(value) is int and value < 1 and field.name != "seed":
                 raise ValueError(f"`{field.name}` must be at least 1, got {value}.")
+            if value == ():
+                raise ValueError(f"`{field.name}` must name one at least, got none.")
 
 
 def configure(config_class, module, doc, args=None):
@@ -54,32 +58,36 @@ def compiled(programs):
 _AT_LEAST = 0.02  # seconds of one measurement; shorter calls are repeated
 
 
-def interleaved(calls: dict[str, Callable], turns: int) -> dict[str, list[float]]:
+# The CPU's sums over threads: it does not see waiting, nor how well they share the work.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def interleaved(calls: dict[str, Callable], config: Config) -> dict[str, list[float]]:
     """Seconds of each call, turn by turn.
 
     Args:
       calls: functions of no argument. What they return is waited for, where JAX has promised it.
-      turns: how often each is measured.
+      config: how many turns, by which clock.
     """
     repeats = {}
     for name, call in tqdm.tqdm(calls.items(), "warming up", disable=None):
         _seconds(call, 1)
         repeats[name] = math.ceil(_AT_LEAST / _seconds(call, 1))
     seconds = {name: [] for name in calls}
-    for _ in tqdm.trange(turns, desc="measuring", disable=None):
+    for _ in tqdm.trange(config.turns, desc="measuring", disable=None):
         for name, call in calls.items():
             if repeats[name] > 1:  # a short one would show what the one before left in the caches
                 _seconds(call, 1)
-            seconds[name].append(_seconds(call, repeats[name]))
+            seconds[name].append(_seconds(call, repeats[name], config.clock))
     return seconds
 
 
-def _seconds(call, repeats):
-    start = time.perf_counter()
+def _seconds(call, repeats, clock="wall"):
+    start = CLOCKS[clock]()
     for _ in range(repeats):
         result = call()
     jax.block_until_ready(result)
-    return (time.perf_counter() - start) / repeats
+    return (CLOCKS[clock]() - start) / repeats
 
 
 def ratio(mine: list[float], theirs: list[float]) -> float:
