@@ -118,7 +118,8 @@ def test_compile_end_to_end(run):
 
 
 def test_compile_of_the_model_as_it_is(run):
-    figures, _, _ = run(compile, "--turns 1 --model tiny --methods gluon --no-deeper --clock cpu")
+    args = "--turns 1 --model tiny --methods gluon --no-deeper --no-donate --clock cpu"
+    figures, _, _ = run(compile, args)
     kinds = ("compile_seconds", "temporary_mb", "instructions", "computing")
     assert set(figures) == {f"gluon_{kind}" for kind in kinds}
 

@@ -41,6 +41,7 @@ class Config(timing.Config):
     methods: tuple[MethodName, ...] = tuple(METHODS)
     model: ModelName = "124m"  # whose shapes the step has
     deeper: bool = True  # also with twice the layers
+    donate: bool = True  # parameters and state to the step, as training does
 
 
 def main(args=None):
@@ -48,13 +49,12 @@ def main(args=None):
     model = PRESETS[config.model]
     # The second is compiled once, for its size alone.
     models = [model, dataclasses.replace(model, layers=2 * model.layers)][: 1 + config.deeper]
-    clock = timing.CLOCKS[config.clock]
     jobs = [(name, model) for _ in range(config.turns) for name in config.methods]
     jobs += [(name, deeper) for deeper in models[1:] for name in config.methods]
     measures = {(name, model): [] for name, model in jobs}
     with nothing_cached():
         for name, model in tqdm.tqdm(jobs, "compiling", disable=None):
-            measures[name, model].append(measure(METHODS[name], model, clock))
+            measures[name, model].append(measure(METHODS[name], model, config))
     report(config, args, models, measures)
 
 
@@ -96,13 +96,14 @@ def nothing_cached():
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-def measure(tx, model, clock):
+def measure(tx, model, config):
     """Seconds, bytes and instructions of the step of one method."""
+    clock = timing.CLOCKS[config.clock]
     params = parameter_shapes(model)
     state = jax.eval_shape(tx.init, params)
     jax.clear_caches()
     begin = clock()
-    step = jax.jit(optimizer_step(tx), donate_argnums=(1, 2))
+    step = jax.jit(optimizer_step(tx), donate_argnums=(1, 2) if config.donate else ())
     lowered = step.lower(params, params, state)
     traced = clock()
     executable = lowered.compile()
