@@ -219,6 +219,45 @@ def test_the_product_grows_until_it_takes_long_enough(clock, monkeypatch):
     assert timing.MatmulPeak.of("float32").flops == {"matmul_float32": 2 * 4096**3}
 
 
+def test_figures_of_the_polar_factor_are_ours_over_optaxs(monkeypatch, capsys):
+    def interleaved(calls, config):
+        cost = {"optax": 4.0, "jordan": 1.0, "matmul_float32": 0.5}
+        return {key: [cost.get(key[1] if type(key) is tuple else key, 3.0)] for key in calls}
+
+    monkeypatch.setattr(timing, "compiled", lambda programs: dict.fromkeys(programs, polar_factor))
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    with jax.numpy_dtype_promotion("standard"):
+        figures, _ = polar.speed(polar.Config(size=8, matmul_size=16))
+    assert figures["wide_over_optax"] == figures["square_over_optax"] == 0.75
+    assert figures["jordan_tall_over_optax"] == 0.25
+    # optax: five steps of 2m²n + 2m³ + 2m²n operations, in 4 s; the peak is 2 · 16³ in 0.5 s.
+    wide = 5 * (2 * 2 * 8 * 8 * 32 + 2 * 8**3)
+    assert figures["optax_wide_of_peak"] == pytest.approx(wide / 4 / (2 * 16**3 / 0.5))
+    assert figures["matmul_peak_gflops"] == pytest.approx(2 * 16**3 / 0.5 / 1e9)
+
+
+def test_figures_of_a_step_are_mine_over_theirs(capsys):
+    seconds = {"uncompressed": [1.0, 3.0], "block": [2.0, 6.0], "optax_muon": [4.0, 12.0]}
+    seconds |= {"copy": [0.5, 1.5], "matmul_float32": [1.0, 1.0]}
+    flops = {"uncompressed": 30, "block": 40, "optax_muon": 50, "copy": 0}
+    shapes = step.parameter_shapes(step.PRESETS["tiny"])
+    step.report(step.Config(), [], shapes, seconds, flops, rate=100.0)
+    printed = capsys.readouterr().out
+    figures = dict(line.split()[1:] for line in printed.splitlines() if line.startswith("target"))
+    assert {name: float(value) for name, value in figures.items()} == {
+        "uncompressed_over_optax_muon": 0.25,
+        "block_over_optax_muon": 0.5,
+        "block_over_uncompressed": 2.0,
+        "uncompressed_over_copy": 2.0,
+        "uncompressed_of_peak": 0.3,
+        "block_of_peak": 0.2,
+        "optax_muon_of_peak": 0.125,
+        "matmul_peak_gflops": 0.0,
+    }
+    assert "sign" in printed.split("uncompressed")[1].splitlines()[0]
+    assert "AdamW" in printed.split("optax_muon ")[2].splitlines()[0]
+
+
 def products_in_a_scan(x):
     y, _ = jax.lax.scan(lambda y, _: (jax.jit(jnp.matmul)(y, x), None), x, None, length=5)
     return y

@@ -112,7 +112,7 @@ def speed(config):
             figures[f"{prefix}{form}_over_optax"] = over
         if name in (DEFAULT, "optax"):
             figures[f"{prefix}{form}_of_peak"] = share
-    head = (f"{config.dtype}, matmul peak {rate / 1e9:.0f} GFLOP/s",)
+    head = f"{config.dtype}, matmul peak {rate / 1e9:.0f} GFLOP/s ({config.clock})"
     rows = [
         (
             f"{row['form']:8}{row['method']}",
@@ -123,7 +123,7 @@ def speed(config):
         )
         for row in times
     ]
-    print(timing.table((*head, "ms", "× optax", "GFLOP", "of peak"), rows), end="\n\n")
+    print(timing.table((head, "ms", "× optax", "GFLOP", "of peak"), rows), end="\n\n")
     figures["matmul_peak_gflops"] = rate / 1e9
     return figures, times
 

@@ -147,7 +147,7 @@ def report(config, args, shapes, seconds, flops, rate):
     leaves = jax.tree.leaves(shapes)
     size = sum(leaf.size for leaf in leaves)
     print(f"{len(leaves)} matrices, {size / 1e6:.1f}M parameters, {config.dtype}", end=", ")
-    print(f"matmul peak {rate / 1e9:.0f} GFLOP/s")
+    print(f"matmul peak {rate / 1e9:.0f} GFLOP/s ({config.clock})")
     head = ("", "ms", "× optax_muon", "copies", "GFLOP", "of peak", "embedding")
     print(timing.table(head, rows))
     figures["matmul_peak_gflops"] = rate / 1e9
