@@ -232,9 +232,7 @@ def with_progress(run, steps):
 
 def print_routes(config):
     """Norm, scale, compressor and bytes of each parameter, for each method; needs no memory."""
-    model = gpt.GPT(gpt.PRESETS[config.model])
-    tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(config.seed), tokens)["params"]
+    params = gpt.parameter_shapes(gpt.PRESETS[config.model])
     downlink = DOWNLINKS[config.downlink]
     for method in config.methods:
         print(f"{method}\n{ef21.routes(params, uplink=UPLINKS[method], downlink=downlink)}\n")

@@ -10,8 +10,6 @@ messages weigh on the wire, and about the least that any code could need.
 import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import tyro
 
 import ef21_jax as ef21
@@ -46,7 +44,7 @@ class Config:
 
 def main(args=None):
     config = tyro.cli(Config, args=args, prog="python -m experiments.table2", description=__doc__)
-    params = parameters()
+    params = gpt.parameter_shapes(gpt.PRESETS["124m"])
     figures = {}
     print(f"{'':16}{'printed':>10}" + "".join(f"{name:>13}" for name in CONVENTIONS))
     for name, compressor, printed in ROWS:
@@ -58,13 +56,6 @@ def main(args=None):
         records.write_json(config.json, {"header": records.header({}, command), "target": figures})
     for name, value in figures.items():
         print(f"target {name} {value:.6f}")
-
-
-def parameters():
-    """The shapes of NanoGPT-124M: 73 matrices."""
-    model = gpt.GPT(gpt.PRESETS["124m"])
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def relative_costs(compressor, params):

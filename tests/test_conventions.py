@@ -9,6 +9,7 @@ import pytest
 
 import ef21_jax as ef21
 from experiments import table2
+from experiments.models import gpt
 
 
 def test_three_ledgers_side_by_side_are_those_of_each_convention():
@@ -28,7 +29,7 @@ def test_three_ledgers_side_by_side_are_those_of_each_convention():
 @functools.cache
 def costs(name):
     compressor = next(row[1] for row in table2.ROWS if row[0] == name)
-    return table2.relative_costs(compressor, table2.parameters())
+    return table2.relative_costs(compressor, gpt.parameter_shapes(gpt.PRESETS["124m"]))
 
 
 @pytest.mark.parametrize(("name", "printed"), [(row[0], row[2]) for row in table2.ROWS])

@@ -64,6 +64,12 @@ class GPT(nn.Module):
         return jnp.einsum("...td,vd->...tv", rms_norm(x), table, preferred_element_type=jnp.float32)
 
 
+def parameter_shapes(config):
+    """The tree of parameters as `ShapeDtypeStruct`s: no memory is needed, however large."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(GPT(config).init, jax.random.key(0), tokens)["params"]
+
+
 class Block(nn.Module):
     config: GPTConfig
 
