@@ -107,15 +107,22 @@ def test_block_topk_keeps_the_largest_of_each_group_and_the_first_of_equals(
         np.testing.assert_array_equal(c, largest_of_groups(x, count, block, 23 if exact else 16))
 
 
-def test_nearly_equal_entries_are_ranked_to_sixteen_bits():
+def test_several_of_nearly_equal_entries_are_ranked_to_sixteen_bits():
     size = 1550  # groups of up to 222, so that the words have eight bits for a row
     groups = Skewed(size, 256).groups
     x = np.zeros(size)
     x[0], x[groups], x[2 * groups] = 1.0, 1 + 2**-17, 1 - 2**-17  # 1.0, then one taken for it
-    x[1], x[1 + groups] = 1.0, 1 + 2**-15
-    x, _, c = sent(ef21.BlockTopK(1, 256), x)
-    np.testing.assert_array_equal(np.flatnonzero(c), [0, 1 + groups])
-    np.testing.assert_array_equal(c, largest_of_groups(x, 1, 256, 16))
+    x[1], x[1 + groups], x[1 + 2 * groups] = 1.0, 1 + 2**-15, 2.0
+    x[3 * groups] = 2.0
+    given = x
+    x, _, c = sent(ef21.BlockTopK(2, 256), given)
+    kept = [0, 1 + groups, 1 + 2 * groups, 3 * groups]
+    np.testing.assert_array_equal(np.flatnonzero(c), sorted(kept))
+    np.testing.assert_array_equal(c, largest_of_groups(x, 2, 256, 16))
+    # One alone is found exactly.
+    given = np.where(given == 2, 0, given)
+    x, _, c = sent(ef21.BlockTopK(1, 256), given)
+    np.testing.assert_array_equal(np.flatnonzero(c), [groups, 1 + groups])
 
 
 def energy_families(shape):
