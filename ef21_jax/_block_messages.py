@@ -43,13 +43,13 @@ class BlockSparse(Message):
         skewed = Skewed(x.size, block)
         count = min(count, skewed.depth)
         bits = _packing.to_bits(x.ravel())
-        if count == 1:
-            kept, rows = _largest_of_each(skewed, bits)
-            kept = kept[0]
-        else:
-            kept, rows = _largest_few_of_each(skewed, bits, count)
+        find = _largest_of_each if count == 1 else _largest_few_of_each
+        rows = find(skewed, bits, count)
+        # A group of fewer than k entries keeps some of the zeros behind the end.
+        kept = bits.at[_positions(skewed, rows)].get(mode="fill", fill_value=0)
         packed = _packing.pack_lanes(rows.astype(jnp.uint8).ravel(), _width(skewed))
-        return BlockSparse(Floats(kept, x.dtype), packed, block, x.shape, x.dtype)
+        values = Floats(kept[0] if count == 1 else kept, x.dtype)
+        return BlockSparse(values, packed, block, x.shape, x.dtype)
 
     @staticmethod
     def resolution(count: int, depth: int) -> float:
@@ -68,35 +68,50 @@ class BlockSparse(Message):
         )
 
     def dense(self):
+        values, positions = self._entries()
+        # One of each group is never one of another, but k of a group are all one in an all-zero
+        # message.
+        zeros = jnp.zeros((math.prod(self.shape),), values.dtype)
+        distinct = len(values) == 1
+        dense = zeros.at[positions].set(values, mode="drop", unique_indices=distinct)
+        return dense.reshape(self.shape)
+
+    def total(self):
+        # One scatter for all n messages.
+        values, positions = jax.vmap(BlockSparse._entries)(self)
+        zeros = jnp.zeros((math.prod(self.shape),), values.dtype)
+        return zeros.at[positions].add(values, mode="drop").reshape(self.shape)
+
+    def _entries(self):
+        """Values, and their positions in the flat array: both (k, groups)."""
         skewed = Skewed(math.prod(self.shape), self.block)
         values = self.values.dense()
         rows = _packing.unpack_lanes(self.rows, _width(skewed), values.size)
         values = values.reshape(-1, skewed.groups)
-        rows = rows.reshape(values.shape).astype(jnp.int32)
-        positions = rows * skewed.groups + jnp.arange(skewed.groups, dtype=jnp.int32)[None, :]
-        # As bits, and `set`: see `Positions.place`. One of each group is never one of another,
-        # but k of a group are all one in an all-zero message.
-        bits, distinct = _packing.to_bits(values), len(values) == 1
-        zeros = jnp.zeros((math.prod(self.shape),), bits.dtype)
-        dense = zeros.at[positions].set(bits, mode="drop", unique_indices=distinct)
-        return _packing.from_bits(dense.reshape(self.shape), self.dtype)
+        return values, _positions(skewed, rows.reshape(values.shape))
 
 
 def _width(skewed):
     return (skewed.depth - 1).bit_length()
 
 
-def _largest_of_each(skewed, bits):
-    """The bits of the largest of each group and its row: both (1, groups)."""
+def _positions(skewed, rows):
+    """Where in the flat array the entries in `rows`, shape (k, groups), of their groups are."""
+    group = jnp.arange(skewed.groups, dtype=jnp.int32)[None, :]
+    return rows.astype(jnp.int32) * skewed.groups + group
+
+
+def _largest_of_each(skewed, bits, count):
+    """The row of the largest of each group: shape (1, groups)."""
+    del count
     # Magnitudes order as their bits do. By a reduction, whose result is kept: what is written out
     # row by row would be found anew by each of those who need it.
-    split = skewed.split(bits)
-    rows = jnp.argmax(split & _packing.magnitude_mask(bits.dtype), axis=0, keepdims=True)
-    return jnp.take_along_axis(split, rows, axis=0), rows
+    sizes = skewed.split(bits) & _packing.magnitude_mask(bits.dtype)
+    return jnp.argmax(sizes, axis=0, keepdims=True)
 
 
 def _largest_few_of_each(skewed, bits, count):
-    """The bits of the `count` largest of each group, in order, and their rows: (count, groups).
+    """The rows of the `count` largest of each group, in order: shape (count, groups).
 
     An entry is ranked by one word: its magnitude, less the lowest bits where it fills the word, and
     its row. The words of each group are inserted, one after the other, into a list of the largest.
@@ -117,8 +132,7 @@ def _largest_few_of_each(skewed, bits, count):
     # Made of the data, so that the carry varies over the same mesh axes.
     empty = jnp.zeros((count, 1), word) & rank[:1]
     ranks = lax.scan(insert, empty, rank)[0]
-    rows = (skewed.depth - 1) - (ranks & word((1 << width) - 1)).astype(jnp.int32)
-    return jnp.take_along_axis(split, rows, axis=0), rows
+    return (skewed.depth - 1) - (ranks & word((1 << width) - 1)).astype(jnp.int32)
 
 
 @jax.tree_util.register_dataclass

@@ -41,11 +41,10 @@ class Positions(abc.ABC):
 
     def place(self, values: jax.Array) -> jax.Array:
         """Zeros of shape (size, ...) with `values`, shape (count, ...), at the positions."""
-        # As bits: a sum of floats would take subnormal ones for zero. In an all-zero message
-        # positions repeat, in all others they do not.
-        bits = _packing.to_bits(values)
-        zeros = jnp.zeros((self.size, *values.shape[1:]), bits.dtype)
-        return _packing.from_bits(zeros.at[self.positions()].set(bits), values.dtype)
+        zeros = jnp.zeros((self.size, *values.shape[1:]), values.dtype)
+        # `set`, since `add` would take subnormal values for zero. In an all-zero message positions
+        # repeat, in all others they do not.
+        return zeros.at[self.positions()].set(values)
 
     @property
     def information(self) -> float:
