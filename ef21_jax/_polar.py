@@ -137,7 +137,8 @@ def _iterate(y, coefficients, wide):
     def step(y, abc):
         a, b, c = abc
         gram = _gram(y, wide)
-        return a * y + _apply(b * gram + c * _product(gram, gram), y, wide), None
+        # The square of the Gram matrix, which is symmetric, as the Gram matrix of that.
+        return a * y + _apply(b * gram + c * _gram(gram, True), y, wide), None
 
     return lax.scan(step, y, jnp.asarray(coefficients, y.dtype))[0]
 
@@ -194,41 +195,42 @@ def _iterate_gram_once(y, coefficients, wide):
 # Contractions name their axes, so nothing is ever transposed in memory.
 
 
-# All matrices on the short side are symmetric and commute, so that their products are symmetric
-# too: of four blocks three are computed, in a quarter fewer operations. Multiplying smaller blocks
-# pays on a CPU alone.
+def _product(a, b):
+    return _matmul("...ij,...jk->...ik", a, b)
+
+
+# Of the four blocks of a Gram matrix three are computed, in a quarter fewer operations, and the
+# fourth is one of them transposed. Multiplying smaller blocks pays on a CPU alone. The products of
+# the Gram form are symmetric too, and must not be made so: what rounding makes of them then grows
+# from step to step, to singular values of 2.7.
 
 _WORTH_BLOCKS = 256  # rows
 
 
-def _product(a, b):
-    """AB = ABᵀ, which is symmetric."""
-    return _symmetric_product(a, b, wide=True)
-
-
 def _gram(y, wide):
-    """YYᵀ; YᵀY of a tall one."""
-    return _symmetric_product(y, y, wide)
+    short = -2 if wide else -1
+
+    def whole(first, second):
+        form = "...ik,...jk->...ij" if wide else "...ki,...kj->...ij"
+        return _matmul(form, first, second)
+
+    def blocks(y):
+        first, second = _halves(y, short)
+        return _symmetric(whole(first, first), whole(first, second), whole(second, second))
+
+    if y.shape[short] < _WORTH_BLOCKS:
+        return whole(y, y)
+    return lax.platform_dependent(y, cpu=blocks, default=lambda y: whole(y, y))
 
 
-def _symmetric_product(a, b, wide):
-    def whole(a, b):
-        return _matmul("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", a, b)
+def _halves(x, axis):
+    return jnp.split(x, [x.shape[axis] // 2], axis=axis)
 
-    def blocks(a, b):
-        (a_first, a_second), (b_first, b_second) = (
-            jnp.split(x, [size // 2], axis=-2 if wide else -1) for x in (a, b)
-        )
-        corner = whole(a_first, b_second)
-        above = jnp.concatenate([whole(a_first, b_first), corner], axis=-1)
-        corner = jnp.swapaxes(corner, -1, -2)
-        below = jnp.concatenate([corner, whole(a_second, b_second)], axis=-1)
-        return jnp.concatenate([above, below], axis=-2)
 
-    size = a.shape[-2 if wide else -1]
-    if size < _WORTH_BLOCKS:
-        return whole(a, b)
-    return lax.platform_dependent(a, b, cpu=blocks, default=whole)
+def _symmetric(first, corner, second):
+    above = jnp.concatenate([first, corner], axis=-1)
+    below = jnp.concatenate([jnp.swapaxes(corner, -1, -2), second], axis=-1)
+    return jnp.concatenate([above, below], axis=-2)
 
 
 def _matmul(form, a, b):

@@ -233,6 +233,24 @@ def test_a_second_step_does_not_compile_again_and_donation_is_taken():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
 
 
+def test_ten_thousand_steps_compile_once_count_exactly_and_leave_the_device_alone():
+    tx = optimizer(COMPRESSED[1], "workers")
+    step = jax.jit(ef21.spmd(one_worker(tx)), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, PARAMS)
+    carry = (params, ef21.replicate(tx.init(params), 2))
+    batch = jax.device_put(batch_of(2))
+    *carry, _ = step(*carry, batch)
+    with jax.transfer_guard("disallow"):  # no value is read back, none is sent
+        for _ in range(9_999):
+            *carry, _ = step(*carry, batch)
+    assert step._cache_size() == 1
+    state = carry[1]
+    assert state.count == 10_000
+    np.testing.assert_array_equal(state.worker[0].count, [10_000, 10_000])
+    np.testing.assert_array_equal(state.rejected, [0, 0])
+    assert ef21.check_invariant(state) < 1e-4
+
+
 def test_workers_draw_different_noise_and_steps_too():
     class Spy(ef21.Compressor):
         def compress(self, x, key):

@@ -5,6 +5,7 @@ import pytest
 from registry import with_spectrum
 
 import ef21_jax as ef21
+from ef21_jax import _polar
 from ef21_jax._polar import _iterate, _iterate_gram, orthogonalize, unit_scale
 
 
@@ -140,11 +141,14 @@ def test_plain_and_gram_form_agree(shape):
     check(np.asarray(plain, np.float64), np.asarray(gram, np.float64), "gram")
 
 
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
-def test_the_step_is_nearly_the_best_in_the_ball(shape):
+def test_the_step_is_nearly_the_best_in_the_ball(shape, blocks, monkeypatch):
     # η = ⟨G, O⟩ / (‖G‖_* ‖O‖₂), the share of the best linear decrease that the step attains.
+    monkeypatch.setattr(_polar, "_WORTH_BLOCKS", 1 if blocks else 256)
     x = inputs(shape)
-    o = np.asarray(_orthogonalize(jnp.asarray(x, jnp.float32), ef21.POLAR_EXPRESS), np.float64)
+    o = jax.jit(lambda x: orthogonalize(x))(jnp.asarray(x, jnp.float32))
+    o = np.asarray(o, np.float64)
     length = np.linalg.norm(o, 2, axis=(1, 2))
     attained = np.sum(x * o, axis=(1, 2)) / (np.linalg.norm(x, "nuc", axis=(1, 2)) * length)
     assert np.all(attained >= 0.985) and np.all(attained <= 1 + 1e-6)
@@ -190,3 +194,11 @@ def test_in_bfloat16_no_singular_value_ends_far_above_one(shape):
     length = np.linalg.norm(o, 2, axis=(1, 2))
     attained = np.sum(x * o, axis=(1, 2)) / (np.linalg.norm(x, "nuc", axis=(1, 2)) * length)
     assert np.all(attained >= 0.85) and np.all(length <= 1.2)
+
+
+@pytest.mark.parametrize("shape", [(17, 40), (19, 17)], ids=repr)
+def test_blocks_of_unequal_size_make_the_same_products(shape, monkeypatch):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=shape), jnp.float32)
+    whole = jax.jit(lambda x: orthogonalize(x))(x)
+    monkeypatch.setattr(_polar, "_WORTH_BLOCKS", 1)
+    np.testing.assert_allclose(jax.jit(lambda x: orthogonalize(x))(x), whole, atol=2e-5)
