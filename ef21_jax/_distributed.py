@@ -111,16 +111,16 @@ def distribute(
             rejected=jnp.zeros([], jnp.int32),
         )
 
-    def send(updates, state, params, keys, **extra_args):
+    def exchange(updates, state, params, keys, **extra_args):
         updates = widen(updates)
         messages, proposed = worker.update(
             updates, state.worker, widen(params), **keys, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
         finite = _all_finite((updates, expand(messages), proposed), _axes.worker_count(axis_name))
-        messages = jax.tree.map(lambda m: _silenced(finite, m), messages, is_leaf=is_message)
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        return messages, _select(finite, proposed, state.worker), rejected
+        mean = _mean(messages, finite, axis_name)
+        return mean, _select(finite, proposed, state.worker), rejected
 
     def broadcast(step, state, params, key):
         if downlink is None:
@@ -133,8 +133,7 @@ def distribute(
         up, at_server, down = _keys(seed, state.count)
         up = _worker_keys(up, _axes.worker_index(axis_name))
 
-        messages, worker_state, rejected = send(updates, state, params, up, **extra_args)
-        mean = _mean(messages, axis_name)
+        mean, worker_state, rejected = exchange(updates, state, params, up, **extra_args)
         step, server_state = server.update(
             mean, state.server, widen(_shifted(params, state)), key=at_server, **extra_args
         )
@@ -184,13 +183,16 @@ def _silenced(finite, message):
     return _select(finite, message, optax.tree.zeros_like(message))
 
 
-def _mean(messages, axis_name):
-    """The mean of every worker's messages, as dense arrays."""
+def _mean(messages, finite, axis_name):
+    """The mean of every worker's messages, as dense arrays, where those not `finite` are zero."""
     names = _axes.names(axis_name)
     if not names:
-        return expand(messages)
+        # What the worker has expanded already, to know its own estimate.
+        arrays = expand(messages)
+        return _select(finite, arrays, optax.tree.zeros_like(arrays))
 
     def mean(node):
+        node = _silenced(finite, node)
         if not is_message(node):
             return lax.pmean(node, names)
         if node.summable:
@@ -203,8 +205,8 @@ def _mean(messages, axis_name):
 
 def _all_finite(tree, num_workers):
     """Whether every float is finite, and small enough that the sum over the workers will be."""
-    finite = [
-        jnp.all(jnp.abs(leaf) <= jnp.finfo(leaf.dtype).max / (2 * num_workers))
+    finite = [  # a maximum is NaN where one entry is
+        jnp.max(jnp.abs(leaf), initial=0.0) <= jnp.finfo(leaf.dtype).max / (2 * num_workers)
         for leaf in jax.tree.leaves(tree)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]

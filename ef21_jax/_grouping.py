@@ -68,30 +68,35 @@ class Grouping:
         return {name: values[numbers[0]] for name, numbers in self.members.items()}
 
 
-def each_layer(function: Callable[..., Any], *stacked: Any, in_place: bool = False) -> Any:
+def each_layer(function: Callable[..., Any], *stacked: Any) -> Any:
     """`function` of each layer of trees whose leaves have a leading axis of layers, stacked again.
 
-    A loop on a CPU, where that is as fast and needs the memory of one layer only; elsewhere one
-    batched call.
-
-    Args:
-      function: of one layer of each tree.
-      stacked: the trees.
-      in_place: that `function` takes one array to another of the same shape and dtype. The loop
-        then writes into a copy of its input: a fresh array, which depends on nothing, would be
-        held from the beginning of the program.
+    One batched call. Where the same is asked for twice, the compiler makes it once.
     """
-    if jax.tree.leaves(stacked)[0].shape[0] == 1:
-        results = function(*jax.tree.map(lambda leaf: leaf[0], stacked))
-        return jax.tree.map(lambda leaf: leaf[None], results)
+    if _layers(stacked) > 1:
+        return jax.vmap(function)(*stacked)
+    results = function(*jax.tree.map(lambda leaf: leaf[0], stacked))
+    return jax.tree.map(lambda leaf: leaf[None], results)
 
-    def loop(*stacked):
-        if not in_place:
-            return lax.map(lambda layers: function(*layers), stacked)
-        one = lambda i, x: x.at[i].set(function(x[i]))  # noqa: E731
-        return lax.fori_loop(0, stacked[0].shape[0], one, stacked[0])
 
-    return lax.platform_dependent(*stacked, cpu=loop, default=jax.vmap(function))
+def one_by_one(function: Callable[[jax.Array], jax.Array], stacked: jax.Array) -> jax.Array:
+    """`each_layer` of a costly function to arrays of the same shape and dtype.
+
+    A loop on a CPU, where that is as fast and needs the memory of one layer only. It writes into a
+    copy of its input: a fresh array, which depends on nothing, would be held from the beginning of
+    the program.
+    """
+    if _layers(stacked) == 1:
+        return each_layer(function, stacked)
+
+    def loop(x):
+        return lax.fori_loop(0, len(x), lambda i, x: x.at[i].set(function(x[i])), x)
+
+    return lax.platform_dependent(stacked, cpu=loop, default=jax.vmap(function))
+
+
+def _layers(stacked):
+    return jax.tree.leaves(stacked)[0].shape[0]
 
 
 def _name(path, others):

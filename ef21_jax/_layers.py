@@ -3,7 +3,7 @@
 import dataclasses
 
 from ._compressors import Compressor
-from ._grouping import each_layer
+from ._grouping import each_layer, one_by_one
 from ._messages import Stacked
 from ._norms import Norm
 
@@ -42,10 +42,10 @@ class NormEach(Norm):
         return each_layer(self.base.dual, g)
 
     def lmo(self, g):
-        return each_layer(self.base.lmo, g, in_place=True)
+        return one_by_one(self.base.lmo, g)
 
     def sharp(self, g):
-        return each_layer(self.base.sharp, g, in_place=True)
+        return one_by_one(self.base.sharp, g)
 
     def equivalence(self, shape):
         return self.base.equivalence(shape[1:])

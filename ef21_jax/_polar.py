@@ -137,6 +137,7 @@ def _iterate(y, coefficients, wide):
     def step(y, abc):
         a, b, c = abc
         gram = _gram(y, wide)
+        # The square of the Gram matrix, which is symmetric, as the Gram matrix of that.
         return a * y + _apply(b * gram + c * _gram(gram, True), y, wide), None
 
     return lax.scan(step, y, jnp.asarray(coefficients, y.dtype))[0]
@@ -167,7 +168,7 @@ def _iterate_gram_once(y, coefficients, wide):
     # Q ← (a + Z) Q and R ← (a + Z) R (a + Z) with Z = bR + cR².
     def factor(gram, abc):
         a, b, c = abc
-        return a, b * gram + c * _gram(gram, True)
+        return a, b * gram + c * _product(gram, gram)
 
     def advance(gram, a, z):
         half = a * gram + _product(z, gram)
@@ -199,10 +200,9 @@ def _product(a, b):
 
 
 # Of the four blocks of a Gram matrix three are computed, in a quarter fewer operations, and the
-# fourth is one of them transposed; the square of a symmetric matrix is its Gram matrix. Multiplying
-# smaller blocks pays on a CPU alone. The other products of the Gram form are symmetric too, and
-# must not be made so: what rounding makes of them then grows from step to step, to singular values
-# of 2.7.
+# fourth is one of them transposed. Multiplying smaller blocks pays on a CPU alone. The products of
+# the Gram form are symmetric too, and must not be made so: what rounding makes of them then grows
+# from step to step, to singular values of 2.7.
 
 _WORTH_BLOCKS = 256  # rows
 

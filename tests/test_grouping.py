@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import ef21_jax as ef21
-from ef21_jax._grouping import Grouping, each_layer
+from ef21_jax._grouping import Grouping, each_layer, one_by_one
 
 
 def tree(layers=2, leading=(), seed=0):
@@ -63,10 +63,10 @@ def test_to_stack_and_to_unstack_are_inverses():
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_each_layer_is_treated_by_itself(layers, in_place):
+@pytest.mark.parametrize("form", [each_layer, one_by_one])
+def test_each_layer_is_treated_by_itself(layers, form):
     x = jnp.arange(layers * 4.0).reshape(layers, 4)
-    result = jax.jit(lambda x: each_layer(jnp.cumsum, x, in_place=in_place))(x)
+    result = jax.jit(lambda x: form(jnp.cumsum, x))(x)
     np.testing.assert_array_equal(result, np.cumsum(x, axis=1))
 
 
