@@ -50,7 +50,9 @@ def run(tmp_path, capsys):
 def test_compressors_end_to_end(run):
     figures, _, printed = run(compressors, "--turns 2 --rows 16 --columns 64")
     units = ("over_copy", "over_lmo")
-    assert set(figures) == {f"{name}_{unit}" for name in compressors.COMPRESSORS for unit in units}
+    names = {f"{name}_{unit}" for name in compressors.COMPRESSORS for unit in units}
+    names |= {f"{name}_sum_of_8_over_decode" for name in compressors.SUMMED}
+    assert set(figures) == names | {"top_k_over_block", "top_k_over_block_4bit"}
     assert min(figures.values()) > 0
     bits = {line.split()[0]: line.split()[1] for line in printed.splitlines()[2:17]}
     assert set(bits) == set(compressors.COMPRESSORS)

@@ -1,6 +1,7 @@
 """What a compressor costs: encoding and decoding its own message, for one matrix.
 
-In units of one memory copy of the matrix, and of one spectral LMO of it.
+In units of one memory copy of the matrix, and of one spectral LMO of it. Also `lax.top_k` of 5 %,
+over the cost of the same; and for each kind of message the sum of eight over the decoding of one.
 
     python -m experiments.benchmarks.compressors
     python -m experiments.benchmarks.compressors --rows 512 --columns 512 --json compressors.json
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 import ef21_jax as ef21
 from experiments.benchmarks import timing
@@ -35,6 +37,11 @@ COMPRESSORS = {
 }
 
 
+# One of each way to add up messages: a scatter, a product, one after the other.
+SUMMED = ("block_4bit", "rank15_natural", "natural_4bit")
+MESSAGES = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
     rows: int = 768  # fan_in of the matrix
@@ -48,10 +55,16 @@ def main(args=None):
     x = jax.random.normal(key, shape)
 
     programs = {"copy": lambda x, key: x + 1, "lmo": lambda x, key: ef21.Spectral().lmo(x)}
+    programs |= {"top_k": lambda x, key: jax.lax.top_k(jnp.abs(x.ravel()), max(1, x.size // 20))}
     programs |= {name: round_trip(compressor) for name, compressor in COMPRESSORS.items()}
     programs = {name: (jax.jit(program), (x, key)) for name, program in programs.items()}
+    for name in SUMMED:
+        message = jax.jit(COMPRESSORS[name].compress)(x, key)
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf] * MESSAGES), message)
+        programs[f"{name}_decode"] = jax.jit(ef21.dense), (message,)
+        programs[f"{name}_sum"] = jax.jit(lambda messages: messages.total()), (several,)
     calls = {
-        name: functools.partial(program, x, key)
+        name: functools.partial(program, *programs[name][1])
         for name, program in timing.compiled(programs).items()
     }
     seconds = timing.interleaved(calls, config)
@@ -64,6 +77,11 @@ def main(args=None):
         rows.append((name, f"{bits:.3f}", f"{copies:.1f}", f"{lmos:.3f}"))
         figures |= {f"{name}_over_copy": copies, f"{name}_over_lmo": lmos}
     print(timing.table((f"{shape[0]}×{shape[1]}, float32", "bits", "copies", "LMOs"), rows))
+    for name in ("block", "block_4bit"):
+        figures[f"top_k_over_{name}"] = timing.ratio(seconds["top_k"], seconds[name])
+    for name in SUMMED:
+        over = timing.ratio(seconds[f"{name}_sum"], seconds[f"{name}_decode"])
+        figures[f"{name}_sum_of_{MESSAGES}_over_decode"] = over
     timing.finish(config, MODULE, args, figures)
 
 
