@@ -202,3 +202,10 @@ def test_blocks_of_unequal_size_make_the_same_products(shape, monkeypatch):
     whole = jax.jit(lambda x: orthogonalize(x))(x)
     monkeypatch.setattr(_polar, "_WORTH_BLOCKS", 1)
     np.testing.assert_allclose(jax.jit(lambda x: orthogonalize(x))(x), whole, atol=2e-5)
+
+
+def test_eight_steps_in_gram_form_end_below_one_thanks_to_a_restart():
+    # A spectrum so steep that the Gram matrix holds rounding where the small singular values are.
+    x = np.stack([with_spectrum((16, 40), spectrum, seed=1) for spectrum in (INDEX**-3.0,)])
+    o = jax.jit(lambda x: orthogonalize(x, ef21.polar_express(8)))(jnp.asarray(x, jnp.float32))
+    assert np.linalg.norm(np.asarray(o[0], float), 2) <= 1.001
