@@ -8,19 +8,17 @@ Theorems and corollaries that go by their number are those of paper M, on EF21-M
 by the name of a method are of paper N.
 """
 
-from ._muon_generalized import (
+from ._muon_generalized import Theorem4 as Theorem4, Theorem17 as Theorem17
+from ._muon_generalized_noisy import (
     Corollary3 as Corollary3,
-    Theorem4 as Theorem4,
     Theorem6 as Theorem6,
-    Theorem17 as Theorem17,
     Theorem24 as Theorem24,
 )
-from ._muon_smooth import (
+from ._muon_smooth import Theorem3 as Theorem3, Theorem14 as Theorem14
+from ._muon_smooth_noisy import (
     Corollary1 as Corollary1,
     Corollary2 as Corollary2,
-    Theorem3 as Theorem3,
     Theorem5 as Theorem5,
-    Theorem14 as Theorem14,
     Theorem19 as Theorem19,
 )
 from ._normalized import (

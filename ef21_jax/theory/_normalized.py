@@ -13,6 +13,7 @@ import optax
 
 from ._checks import nonnegative, positive, share
 from ._layers import mean_square
+from ._numbers import cost, exp, theta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class NormalizedEF21:
           estimates: mean_i ‖∇f_i(x^k) − v_i^k‖.
         """
         nonnegative(gap=gap, estimates=estimates)
-        return gap + 2 * self.gamma(iterations) / _theta(self.alpha) * estimates
+        return gap + 2 * self.gamma(iterations) / theta(self.alpha) * estimates
 
     def bound(self, iterations: int, psi: float | None = None) -> float:
         """Of min_{k<=K} E‖∇f(x^k)‖.
@@ -97,8 +98,8 @@ class NormalizedEF21:
         """
         start = self.lyapunov(iterations, self.gap) if psi is None else psi
         nonnegative(iterations=iterations, psi=start)
-        beyond = _exp(self.L1 * self.gamma0)
-        growth = _exp(8 * self.c1 * self.L1 * beyond * self.gamma0**2)
+        beyond = exp(self.L1 * self.gamma0)
+        growth = exp(8 * self.c1 * self.L1 * beyond * self.gamma0**2)
         first = start * growth / self.gamma0 if start else 0.0  # 0 · inf is no number
         return (first + self.gamma0 * self.b * beyond) / math.sqrt(iterations + 1)
 
@@ -146,8 +147,8 @@ class EF21:
     @property
     def gamma(self) -> float:
         """γ, the same for every K."""
-        ratio = math.sqrt(1 - self.alpha) / _theta(self.alpha)  # √(β / θ)
-        return 1 / (self.L + math.sqrt(mean_square(self.L_workers)) * ratio)
+        # √(β / θ) is the cost.
+        return 1 / (self.L + math.sqrt(mean_square(self.L_workers)) * cost(self.alpha))
 
     def step_size(self) -> optax.Schedule:
         """γ as a schedule."""
@@ -161,7 +162,7 @@ class EF21:
           estimates: mean_i ‖∇f_i(x^k) − v_i^k‖², here of the squares.
         """
         nonnegative(gap=gap, estimates=estimates)
-        return gap + self.gamma / (2 * _theta(self.alpha)) * estimates
+        return gap + self.gamma / (2 * theta(self.alpha)) * estimates
 
     def bound(self, iterations: int, psi: float | None = None) -> float:
         """Of min_{k<=K} E‖∇f(x^k)‖: √(2 Ψ⁰ / (γ (K + 1))).
@@ -177,17 +178,5 @@ class EF21:
         return math.sqrt(2 * start / (self.gamma * (iterations + 1)))
 
 
-def _theta(alpha):
-    """1 − √(1 − α), without the cancellation at small α."""
-    return alpha / (1 + math.sqrt(1 - alpha))
-
-
 def _c(alpha):
-    return 0.5 + 2 * math.sqrt(1 - alpha) / _theta(alpha)
-
-
-def _exp(x):
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
+    return 0.5 + 2 * cost(alpha)
