@@ -20,13 +20,8 @@ from ._compressors import (
 )
 from ._distributed import (
     Distributed as Distributed,
-    DistributedState as DistributedState,
     distribute as distribute,
-    find_state as find_state,
-    replicate as replicate,
     server_params as server_params,
-    spmd as spmd,
-    state_axes as state_axes,
 )
 from ._feedback import (
     EF21State as EF21State,
@@ -118,6 +113,13 @@ from ._routing import (
 )
 from ._sharp import L1Sharp as L1Sharp, MaxRowSumSharp as MaxRowSumSharp
 from ._sparse import ColumnTopK as ColumnTopK, RandK as RandK, TopK as TopK
+from ._spmd import spmd as spmd
+from ._state import (
+    DistributedState as DistributedState,
+    find_state as find_state,
+    replicate as replicate,
+    state_axes as state_axes,
+)
 
 
 __version__ = _metadata.version("ef21_jax")

@@ -3,43 +3,21 @@
 `distribute` alone knows that there are workers, and it knows no compressor and no norm. The
 worker's half turns a gradient into messages; messages travel; the server's half, replicated on
 every worker, turns their mean into a step; the downlink's half turns the step into messages again.
-
-`spmd` maps a step that was written for one worker over lanes of a device (vmap), over devices
-(shard_map), or both. The same update runs in each.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from . import _axes
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._messages import expand, is_message
-
-
-class DistributedState(NamedTuple):
-    """State split by where it lives, so that one prefix gives its axes or its specs.
-
-    Attributes:
-      worker: each worker's own, e.g. M_j and G_j. Outside of the mapped step its leaves have a
-        leading axis of workers.
-      server: one copy, e.g. G.
-      downlink: one copy, e.g. X − W.
-      count: steps taken. One copy; shape (), int32.
-      rejected: messages refused since they were not finite. Each worker's own; int32.
-    """
-
-    worker: optax.OptState
-    server: optax.OptState
-    downlink: optax.OptState
-    count: jax.Array
-    rejected: jax.Array
+from ._state import DistributedState, find_state
 
 
 class Distributed(optax.GradientTransformationExtraArgs):
@@ -55,6 +33,23 @@ class Distributed(optax.GradientTransformationExtraArgs):
     messages: Callable[[optax.Params], tuple[Any, Any]]
     stack: Callable[[Any], Any]
     unstack: Callable[[Any, Any], Any]
+
+    @classmethod
+    def of(
+        cls,
+        init: Callable,
+        update: Callable,
+        *,
+        messages: Callable,
+        stack: Callable = lambda tree: tree,
+        unstack: Callable = lambda stacked, like: stacked,
+    ) -> "Distributed":
+        """With these attributes."""
+        transformation = cls(init, update)
+        transformation.messages = messages
+        transformation.stack = stack
+        transformation.unstack = unstack
+        return transformation
 
 
 def distribute(
@@ -154,11 +149,7 @@ def distribute(
 
         return jax.eval_shape(one_round, params)
 
-    transformation = Distributed(init, update)
-    transformation.messages = messages
-    transformation.stack = lambda tree: tree
-    transformation.unstack = lambda tree, like: tree
-    return transformation
+    return Distributed.of(init, update, messages=messages)
 
 
 def _keys(seed, count):
@@ -221,83 +212,6 @@ def _cast_like(tree, like):
     return jax.tree.map(lambda x, target: rounded(x, target.dtype), tree, like)
 
 
-# What follows works on any tree that has a `DistributedState` somewhere in it: the state of a
-# chain, a Flax `TrainState`.
-
-
-def _is_state(node):
-    return isinstance(node, DistributedState)
-
-
-def find_state(tree: Any) -> DistributedState:
-    """The one `DistributedState` in `tree`.
-
-    Raises:
-      ValueError: where there is none, or more than one.
-    """
-    found = [node for node in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(node)]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected one DistributedState, as `distribute` makes it, and found {len(found)}: "
-            "pass the optimizer's state."
-        )
-    return found[0]
-
-
-def state_axes(tree: Any, worker: Any = 0, shared: Any = None) -> Any:
-    """A prefix of `tree` with `worker` where there is a leading axis of workers, else `shared`.
-
-    With the defaults, `in_axes` and `out_axes` for vmap and pmap; with `worker=P("workers")` and
-    `shared=P()`, specs for `shard_map`.
-    """
-
-    def axes(node):
-        if not _is_state(node):
-            return shared
-        return DistributedState(worker, shared, shared, shared, worker)
-
-    return jax.tree.map(axes, tree, is_leaf=_is_state)
-
-
-def replicate(
-    tree: Any,
-    num_workers: int,
-    *,
-    mesh: Mesh | None = None,
-    axis_name: AxisName = "workers",
-) -> Any:
-    """Gives the workers' part of a fresh state its leading axis of workers.
-
-    Args:
-      tree: `tx.init(params)`, or anything that holds it.
-      num_workers: n.
-      mesh: where given, everything is placed on it: the workers' part split over the axes of
-        `axis_name` that the mesh has, the rest replicated.
-      axis_name: as in `distribute`.
-
-    Raises:
-      ValueError: for fewer than one worker.
-    """
-    if num_workers < 1:
-        raise ValueError(f"`num_workers` must be at least 1, got {num_workers}.")
-
-    def stack(node):
-        if not _is_state(node):
-            return node
-        worker, rejected = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (num_workers, *leaf.shape)),
-            (node.worker, node.rejected),
-        )
-        return node._replace(worker=worker, rejected=rejected)
-
-    tree = jax.tree.map(stack, tree, is_leaf=_is_state)
-    if mesh is None:
-        return tree
-    on_mesh = tuple(name for name in _axes.names(axis_name) if name in mesh.axis_names)
-    placement = state_axes(tree, NamedSharding(mesh, P(on_mesh)), NamedSharding(mesh, P()))
-    return jax.device_put(tree, jax.tree.broadcast(placement, tree))
-
-
 def server_params(tx: Distributed, params: optax.Params, state: Any) -> optax.Params:
     """The server's model X. `params` are W, the model that the workers hold.
 
@@ -336,111 +250,4 @@ def check_distributed(tx: Any) -> None:
         raise ValueError(
             f"Only what `distribute` makes can say what it sends and keeps, got "
             f"{type(tx).__name__}. Of a chain, pass the communicating part."
-        )
-
-
-def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None = None) -> Callable:
-    """Maps `step(*carry, batch) -> (*carry, aux)`, written for one worker, over all of them.
-
-    `carry` is e.g. `(params, state)`, or one Flax `TrainState`. In it, the workers' part of the
-    optimizer's state has a leading axis of workers (`replicate`), all else is shared. `batch` and
-    `aux` have a leading axis of workers throughout.
-
-    Args:
-      step: one worker's step. It calls `tx.update` with its own gradients.
-      axis_name: as in `distribute`. Without a mesh, one name: the workers are lanes of a vmap.
-        With a mesh, those of the names that it has are its axes, manual in a `shard_map`; one more
-        name is that of the lanes within a device, so n workers run on any number of devices that
-        divides n: `("devices", "lanes")`.
-      mesh: the devices.
-
-    Returns:
-      A function to be jitted by the caller, who may donate the carry.
-
-    Raises:
-      ValueError: for axis names that fit neither case, or a number of workers that does not.
-    """
-    names = _axes.names(axis_name)
-    on_mesh = tuple(name for name in names if mesh is not None and name in mesh.axis_names)
-    lanes = tuple(name for name in names if name not in on_mesh)
-    if mesh is None and len(lanes) != 1:
-        raise ValueError(f"Without a mesh `axis_name` must be one name, got {axis_name!r}.")
-    if mesh is not None and (not on_mesh or len(lanes) > 1 or names != on_mesh + lanes):
-        raise ValueError(
-            f"`axis_name` must name axes of the mesh, {mesh.axis_names}, and then at most one "
-            f"more for lanes within a device, got {axis_name!r}."
-        )
-
-    def mapped(*args):
-        *carry, batch = args
-        _check_workers(batch, mesh, on_mesh, lanes)
-        axes = (*(state_axes(part) for part in carry), 0)
-        if lanes:
-            inner = jax.vmap(step, in_axes=axes, out_axes=axes, axis_name=lanes[0])
-        else:
-            inner = _alone_on_its_device(step)
-        if mesh is None:
-            return inner(*args)
-        specs = (*(state_axes(part, P(on_mesh), P()) for part in carry), P(on_mesh))
-        # With check_vma=True the gradient with respect to shared parameters is a sum over workers,
-        # and collectives over a vmap axis do not trace.
-        return jax.shard_map(
-            inner,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=specs,
-            axis_names=frozenset(on_mesh),
-            check_vma=False,
-        )(*args)
-
-    return mapped
-
-
-def _alone_on_its_device(step):
-    """Takes the axis of workers, of length one, off the arguments, and puts it on the results."""
-
-    def per_worker(change, part):
-        return jax.tree.map(
-            lambda node: (
-                node._replace(
-                    worker=jax.tree.map(change, node.worker), rejected=change(node.rejected)
-                )
-                if _is_state(node)
-                else node
-            ),
-            part,
-            is_leaf=_is_state,
-        )
-
-    def wrapped(*args):
-        *carry, batch = args
-        carry = [per_worker(lambda x: x[0], part) for part in carry]
-        *carry, aux = step(*carry, jax.tree.map(lambda x: x[0], batch))
-        carry = [per_worker(lambda x: x[None], part) for part in carry]
-        return (*carry, jax.tree.map(lambda x: jnp.asarray(x)[None], aux))
-
-    return wrapped
-
-
-def _check_workers(batch, mesh, on_mesh, lanes):
-    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(counts) > 1 or () in counts:
-        raise ValueError(
-            "Every leaf of the batch must have the same leading axis of workers, got "
-            f"{sorted(counts)}."
-        )
-    if mesh is None or not counts:
-        return
-    (workers,), devices = counts.pop(), 1
-    for name in on_mesh:
-        devices *= mesh.shape[name]
-    if workers % devices or (not lanes and workers != devices):
-        raise ValueError(
-            f"{workers} workers do not fit {devices} devices of the axes {on_mesh}: "
-            + (
-                "the first must be a multiple of the second."
-                if lanes
-                else "name one more axis for lanes, axis_name=(..., 'lanes'), in `distribute` "
-                "and in `spmd`, to run several on each."
-            )
         )

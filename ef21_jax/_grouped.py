@@ -56,11 +56,13 @@ def grouped(assemble: Callable[..., Distributed], **settings: tuple[Setting, typ
         sides = inner.messages(grouping.stack(params))
         return tuple(grouping.unstack(_layers(side, grouping)) for side in sides)
 
-    transformation = Distributed(init, update)
-    transformation.messages = messages
-    transformation.stack = lambda tree: of(tree)[0].stack(tree)
-    transformation.unstack = lambda stacked, like: of(like)[0].unstack(stacked)
-    return transformation
+    return Distributed.of(
+        init,
+        update,
+        messages=messages,
+        stack=lambda tree: of(tree)[0].stack(tree),
+        unstack=lambda stacked, like: of(like)[0].unstack(stacked),
+    )
 
 
 def _each(value, numbers):

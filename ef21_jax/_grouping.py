@@ -110,5 +110,4 @@ def _stack(leaves):
         return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
     if len(leaves) == 1:
         return first[None]
-    # Barred from being fused into what comes after, which would be compiled once a layer.
-    return lax.optimization_barrier(jnp.stack(leaves))
+    return jnp.stack(leaves)

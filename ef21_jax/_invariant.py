@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._distributed import Distributed, DistributedState, check_distributed, find_state
+from ._distributed import Distributed, check_distributed
 from ._dtypes import widen
 from ._feedback import EF21State, MomentumState
 from ._settings import path_name
+from ._state import DistributedState, find_state
 
 
 def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
