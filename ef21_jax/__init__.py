@@ -116,10 +116,13 @@ from ._sparse import ColumnTopK as ColumnTopK, RandK as RandK, TopK as TopK
 from ._spmd import spmd as spmd
 from ._state import (
     DistributedState as DistributedState,
+    PerWorker as PerWorker,
     find_state as find_state,
+    map_per_worker as map_per_worker,
     replicate as replicate,
     state_axes as state_axes,
 )
+from ._topologies import Gather as Gather, Sharded as Sharded, Topology as Topology
 
 
 __version__ = _metadata.version("ef21_jax")

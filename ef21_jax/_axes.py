@@ -54,7 +54,7 @@ def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     for name in reversed(names(axis_name)):  # one by one: no gather mixes a vmap and a mesh axis
         if x.size == 0:
             x = jnp.zeros((lax.axis_size(name), *x.shape), x.dtype)
-        elif _is_tracked(name):
+        elif is_tracked(name):
             # The plain gather is typed as varying, though every worker has the same; a pmean to
             # mend that would be a dense all-reduce.
             x = lax.all_gather(x, name, to="invarying")
@@ -74,7 +74,7 @@ def varying(tree: Any, axis_name: AxisName) -> Any:
 
     def cast(leaf):
         for name in names(axis_name):
-            if _is_tracked(name) and name not in _varying_axes(leaf):
+            if is_tracked(name) and name not in _varying_axes(leaf):
                 leaf = lax.pcast(leaf, name, to="varying")
         return leaf
 
@@ -84,7 +84,7 @@ def varying(tree: Any, axis_name: AxisName) -> Any:
 def check_local(gradients: Any, axis_name: AxisName) -> None:
     """Raises a `ValueError` for gradients whose type says that they were summed already."""
     for name in names(axis_name):
-        if not _is_tracked(name):
+        if not is_tracked(name):
             continue
         summed = [
             path_name(path)
@@ -100,7 +100,8 @@ def check_local(gradients: Any, axis_name: AxisName) -> None:
             )
 
 
-def _is_tracked(name):
+def is_tracked(name: str) -> bool:
+    """Whether types say what varies over the axis: in `shard_map` with `check_vma=True`."""
     return name in _varying_axes(lax.axis_index(name))
 
 

@@ -18,6 +18,7 @@ from ._messages import (
     SignedOnes,
     Sometimes,
     Sparse,
+    Stacked,
     Subspace,
     Transposed,
     is_message,
@@ -59,6 +60,8 @@ class PaperConvention:
                 return self._bits(magnitude) + node.columns * (self.index_bits + 1)
             case Transposed(inner):
                 return self._bits(inner)
+            case Stacked(layers):
+                return _num_layers(layers) * self._bits(_first_layer(layers))
             case Sometimes(inner, probability):
                 return round(probability * self._bits(inner))
             case _:
@@ -90,10 +93,20 @@ def _information(node):
             return math.ceil(node.information)
         case Transposed(inner):
             return _information(inner)
+        case Stacked(layers):
+            return _num_layers(layers) * _information(_first_layer(layers))
         case Sometimes(inner, probability):
             return math.ceil(probability * _information(inner) + _entropy(probability))
         case _:
             return wire_bits(node)
+
+
+def _num_layers(layers):
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _first_layer(layers):
+    return jax.eval_shape(lambda node: jax.tree.map(lambda leaf: leaf[0], node), layers)
 
 
 def _entropy(probability):

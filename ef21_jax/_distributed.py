@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _axes
+from . import _axes, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
+from ._links import Links
 from ._messages import expand, is_message
-from ._state import DistributedState, find_state
+from ._state import DistributedState, as_parts_of, find_state, own_parts
+from ._topologies import Gather, Topology
 
 
 class Distributed(optax.GradientTransformationExtraArgs):
@@ -26,13 +28,17 @@ class Distributed(optax.GradientTransformationExtraArgs):
     Attributes:
       messages: a function from parameters (or their `jax.ShapeDtypeStruct`s) to the pair of trees
         of shapes, (uplink, downlink), that one worker sends and receives in a step.
+      traffic: from parameters to the bytes that one worker brings to collectives, by their kind.
       stack: from a tree like the parameters to how the state lays it out (see `grouped`).
       unstack: from that, and a tree like the parameters, back.
+      topology: who averages the messages, and takes the server's step.
     """
 
     messages: Callable[[optax.Params], tuple[Any, Any]]
+    traffic: Callable[[optax.Params], dict[str, int]]
     stack: Callable[[Any], Any]
     unstack: Callable[[Any, Any], Any]
+    topology: Topology
 
     @classmethod
     def of(
@@ -41,14 +47,18 @@ class Distributed(optax.GradientTransformationExtraArgs):
         update: Callable,
         *,
         messages: Callable,
+        traffic: Callable,
+        topology: Topology,
         stack: Callable = lambda tree: tree,
         unstack: Callable = lambda stacked, like: stacked,
     ) -> "Distributed":
         """With these attributes."""
         transformation = cls(init, update)
         transformation.messages = messages
+        transformation.traffic = traffic
         transformation.stack = stack
         transformation.unstack = unstack
+        transformation.topology = topology
         return transformation
 
 
@@ -58,18 +68,22 @@ def distribute(
     downlink: optax.GradientTransformation | None = None,
     *,
     axis_name: AxisName = None,
+    mean_axis_name: AxisName = None,
+    topology: Topology = Gather(),
     seed: int = 0,
 ) -> Distributed:
     """Runs `worker` on each worker's gradient and `server` on the mean of the messages.
 
     One round: every worker's gradient, taken at `params`, goes through `worker`, which gives a
-    tree of messages (or of arrays). Messages are all-gathered and averaged; arrays, and messages
-    that can be summed, are averaged by an all-reduce. `server`, any optax transform, turns the
-    mean into a step, and is given the server's own model as `params`. The step goes through
-    `downlink`, and what that sends is the update.
+    tree of messages (or of arrays). Messages travel and are averaged; arrays, and messages that can
+    be summed, are averaged by a reduction. `server`, any optax transform, turns the mean into a
+    step, and is given the server's own model as `params`. The step goes through `downlink`, and
+    what that sends is the update.
 
-    Topology: gather. Every worker has all messages and repeats the server's step, with the same
-    result. So the uplink really travels, and the downlink is counted but need not be.
+    With `Gather()` every worker has all messages and repeats the server's step, with the same
+    result. So the uplink really travels, and the downlink is counted but need not be. With
+    `Sharded(n)` both travel, and `server` and `downlink` see a worker's share of the layers alone,
+    along the leading axis of each leaf: they must treat layers one by one.
 
     A worker whose message or state is not finite sends zero and keeps its state, on both ends;
     `state.rejected` counts these. Randomness is a function of (seed, step, worker, leaf) alone.
@@ -87,69 +101,117 @@ def distribute(
       downlink: step -> messages, `ef21_p(...)`, or None to send the step as it is.
       axis_name: the axis, or tuple of axes outermost first, over which the step is mapped. None
         for a single worker and no communication.
+      mean_axis_name: the axis or axes of the devices within a worker, where they are fast: there
+        gradients are averaged as they are, and compressed messages go over `axis_name` alone.
+      topology: `Gather()` or `Sharded(n)`.
       seed: of all randomness.
 
     Raises:
-      ValueError: when traced where `axis_name` is not bound, or with gradients that were summed
-        over it already.
+      ValueError: for a sharded server of a single worker; when traced where an axis is not bound,
+        with gradients that were summed over it already, or for another number of workers than
+        that of the topology.
     """
+    if topology.owners > 1 and axis_name is None:
+        raise ValueError(f"{topology} needs workers: name their axis, `axis_name=...`.")
     worker = optax.with_extra_args_support(worker)
     server = optax.with_extra_args_support(server)
+    downlink = None if downlink is None else optax.with_extra_args_support(downlink)
+    links = Links(axis_name, mean_axis_name)
 
     def init(params):
         params = widen(params)
         return DistributedState(
             worker=worker.init(params),
-            server=server.init(params),
-            downlink=optax.EmptyState() if downlink is None else downlink.init(params),
+            server=_topologies.init(topology, server.init, params),
+            downlink=(
+                optax.EmptyState()
+                if downlink is None
+                else _topologies.init(topology, downlink.init, params)
+            ),
             count=jnp.zeros([], jnp.int32),
             rejected=jnp.zeros([], jnp.int32),
         )
 
     def exchange(updates, state, params, keys, **extra_args):
-        updates = widen(updates)
         messages, proposed = worker.update(
             updates, state.worker, widen(params), **keys, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
         finite = _all_finite((updates, expand(messages), proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        mean = _mean(messages, finite, axis_name)
+        mean = _mean(messages, finite, topology, links)
         return mean, _select(finite, proposed, state.worker), rejected
 
-    def broadcast(step, state, params, key):
-        if downlink is None:
-            return step, state.downlink
-        return downlink.update(step, state.downlink, params, key=key)
-
     def update(updates, state, params=None, **extra_args):
-        _axes.check_bound(axis_name)
-        _axes.check_local(updates, axis_name)
+        _check_axes(updates, links, topology)
+        updates = _mean_within(widen(updates), mean_axis_name)
+        index = _axes.worker_index(axis_name)
         up, at_server, down = _keys(seed, state.count)
-        up = _worker_keys(up, _axes.worker_index(axis_name))
+        keys = _worker_keys(up, index)
 
-        mean, worker_state, rejected = exchange(updates, state, params, up, **extra_args)
+        mean, worker_state, rejected = exchange(updates, state, params, keys, **extra_args)
+        ours = _topologies.own(topology, params, index)  # what this worker serves
         step, server_state = server.update(
-            mean, state.server, widen(_shifted(params, state)), key=at_server, **extra_args
+            mean, own_parts(state.server), _shifted(ours, state), key=at_server, **extra_args
         )
-        shift, downlink_state = broadcast(step, state, params, down)
+        shift, downlink_state = step, state.downlink
+        if downlink is not None:
+            shift, downlink_state = downlink.update(
+                step,
+                own_parts(state.downlink),
+                ours,
+                key=down,
+                choose=lambda keys: _topologies.own_keys(topology, keys, index),
+            )
+        shift = _topologies.broadcast(topology, shift, updates, links)
 
-        count = optax.safe_increment(state.count)
-        out = _cast_like(expand(shift), updates if params is None else params)
-        return out, DistributedState(worker_state, server_state, downlink_state, count, rejected)
+        out = _cast_like(shift, updates if params is None else params)
+        return out, DistributedState(
+            worker=worker_state,
+            server=as_parts_of(state.server, server_state),
+            downlink=as_parts_of(state.downlink, downlink_state),
+            count=optax.safe_increment(state.count),
+            rejected=rejected,
+        )
 
     def messages(params):
         def one_round(params):
-            state = init(params)
-            up, _, down = _keys(seed, state.count)
             # A gradient looks like the parameters, and so does a step.
-            keys = _worker_keys(up, 0)
-            sent = worker.update(widen(params), state.worker, widen(params), **keys)[0]
-            return sent, broadcast(widen(params), state, params, down)[0]
+            wide = widen(params)
+            up, _, down = _keys(seed, jnp.zeros([], jnp.int32))
+            sent = worker.update(wide, worker.init(wide), wide, **_worker_keys(up, 0))[0]
+            if downlink is None:
+                return sent, wide
+            return sent, downlink.update(wide, downlink.init(wide), params, key=down)[0]
 
         return jax.eval_shape(one_round, params)
 
-    return Distributed.of(init, update, messages=messages)
+    def traffic(params):
+        if not _axes.names(axis_name):
+            return {}
+        return _topologies.traffic(topology, *messages(params))
+
+    return Distributed.of(init, update, messages=messages, traffic=traffic, topology=topology)
+
+
+def _check_axes(updates, links, topology):
+    for axis in (links.axis_name, links.inside):
+        _axes.check_bound(axis)
+        _axes.check_local(updates, axis)
+    topology.check(links.axis_name)
+
+
+def _mean_within(updates, mean_axis_name):
+    names = _axes.names(mean_axis_name)
+    return lax.pmean(updates, names) if names else updates
+
+
+def _shifted(params, state):
+    """X from W."""
+    residual = _residual(state)
+    if params is None or residual is None:
+        return widen(params)
+    return optax.tree.add(widen(params), own_parts(residual))
 
 
 def _keys(seed, count):
@@ -174,24 +236,14 @@ def _silenced(finite, message):
     return _select(finite, message, optax.tree.zeros_like(message))
 
 
-def _mean(messages, finite, axis_name):
-    """The mean of every worker's messages, as dense arrays, where those not `finite` are zero."""
-    names = _axes.names(axis_name)
-    if not names:
+def _mean(messages, finite, topology, links):
+    """The mean of all workers' messages, as arrays of this owner. Those not `finite` are zero."""
+    if not _axes.names(links.axis_name):
         # What the worker has expanded already, to know its own estimate.
         arrays = expand(messages)
         return _select(finite, arrays, optax.tree.zeros_like(arrays))
-
-    def mean(node):
-        node = _silenced(finite, node)
-        if not is_message(node):
-            return lax.pmean(node, names)
-        if node.summable:
-            return node.with_addend(lax.pmean(node.addend(), names)).dense()
-        total = jax.tree.map(lambda leaf: _axes.gather(leaf, axis_name), node).total()
-        return total / jnp.asarray(_axes.worker_count(axis_name), total.dtype)
-
-    return jax.tree.map(mean, messages, is_leaf=is_message)
+    silenced = jax.tree.map(lambda node: _silenced(finite, node), messages, is_leaf=is_message)
+    return _topologies.average(topology, silenced, links)
 
 
 def _all_finite(tree, num_workers):
@@ -226,22 +278,16 @@ def server_params(tx: Distributed, params: optax.Params, state: Any) -> optax.Pa
       ValueError: for a transformation that is not made by `distribute`.
     """
     check_distributed(tx)
-    state = find_state(state)
-    if _residual(state) is None:
+    state, stacked = find_state(state), tx.stack(params)
+    residual = _residual(state)
+    if residual is None:
         return params
-    return tx.unstack(_shifted(tx.stack(params), state), params)
+    whole = _topologies.join(residual, stacked)
+    return tx.unstack(optax.tree.add(widen(stacked), whole), params)
 
 
 def _residual(state):
     return getattr(state.downlink, "residual", None)
-
-
-def _shifted(params, state):
-    """X from W, both as the state lays them out."""
-    residual = _residual(state)
-    if residual is None or params is None:
-        return params
-    return optax.tree.add(widen(params), residual)
 
 
 def check_distributed(tx: Any) -> None:

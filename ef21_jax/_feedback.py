@@ -8,6 +8,7 @@ that the workers hold, X − W obeys just EF14's recursion, so X is never stored
 Everything here is one worker's or the server's own arithmetic: nothing communicates.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class ErrorFeedback(NamedTuple):
 
     Attributes:
       worker: turns a local gradient into a tree of messages. Its `update` needs `key`, and takes
-        `shared_key`; see `compress`.
+        `shared_key` and `choose`; see `compress`.
       server: turns the mean of the expanded messages into an estimate of the gradient.
     """
 
@@ -35,7 +36,11 @@ class ErrorFeedback(NamedTuple):
 
 
 def compress(
-    compressors: Setting, tree: Any, key: jax.Array, shared_key: jax.Array | None = None
+    compressors: Setting,
+    tree: Any,
+    key: jax.Array,
+    shared_key: jax.Array | None = None,
+    choose: Callable[[jax.Array], jax.Array] = lambda keys: keys,
 ) -> Any:
     """The tree of messages for the leaves of `tree`, each with a key of its own.
 
@@ -45,6 +50,7 @@ def compress(
       key: a typed PRNG key. Leaf number i is given `fold_in(key, i)`.
       shared_key: likewise, for `shared` compressors: the same at all workers. None, for a single
         worker: `key`.
+      choose: of the keys of all layers of a stacked leaf, those of the layers that `tree` has.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
@@ -57,9 +63,14 @@ def compress(
     messages, start = [], 0
     for leaf, compressor, of_leaf in zip(leaves, chosen, numbers, strict=True):
         keys = (shared if compressor.shared else own)[start : start + len(of_leaf)]
-        messages.append(compressor.compress(leaf, keys[0] if compressor.numbers is None else keys))
+        keys = keys[0] if compressor.numbers is None else choose(keys)
+        messages.append(compressor.compress(leaf, keys))
         start += len(of_leaf)
     return treedef.unflatten(messages)
+
+
+def _of_compress(extra_args):
+    return {name: extra_args[name] for name in ("shared_key", "choose") if name in extra_args}
 
 
 class EF21State(NamedTuple):
@@ -79,9 +90,10 @@ def ef21(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)  # an error as early as can be
         return EF21State(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
-        del params, extra_args
-        messages = compress(compressors, optax.tree.sub(updates, state.estimate), key, shared_key)
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params
+        change = optax.tree.sub(updates, state.estimate)
+        messages = compress(compressors, change, key, **_of_compress(extra_args))
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def receive(updates, state, params=None, **extra_args):
@@ -108,10 +120,10 @@ def ef14(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return ResidualState(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
-        del params, extra_args
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params
         target = optax.tree.add(state.residual, updates)
-        messages = compress(compressors, target, key, shared_key)
+        messages = compress(compressors, target, key, **_of_compress(extra_args))
         return messages, ResidualState(optax.tree.sub(target, expand(messages)))
 
     server = optax.with_extra_args_support(optax.identity())
@@ -125,9 +137,9 @@ def no_feedback(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return optax.EmptyState()
 
-    def send(updates, state, params=None, *, key, shared_key=None, **extra_args):
-        del params, extra_args
-        return compress(compressors, updates, key, shared_key), state
+    def send(updates, state, params=None, *, key, **extra_args):
+        del params
+        return compress(compressors, updates, key, **_of_compress(extra_args)), state
 
     server = optax.with_extra_args_support(optax.identity())
     worker = optax.GradientTransformationExtraArgs(init, send)

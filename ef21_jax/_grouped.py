@@ -1,6 +1,7 @@
 """An optimizer that keeps its state with equal layers stacked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -8,38 +9,47 @@ from ._compressors import Compressor, Identity
 from ._distributed import Distributed
 from ._grouping import Grouping
 from ._layers import CompressEach, NormEach
-from ._messages import Stacked, is_message
+from ._messages import Stacked
 from ._norms import Norm
 from ._settings import Setting, per_leaf
+from ._topologies import Gather, Topology
 
 
-def grouped(assemble: Callable[..., Distributed], **settings: tuple[Setting, type]) -> Distributed:
+Kinded = tuple[Setting, type]
+
+
+def grouped(
+    assemble: Callable[..., Distributed], topology: Topology = Gather(), **settings: Kinded
+) -> Distributed:
     """The optimizer that `assemble` makes, run on layers that are stacked by `Grouping`.
 
     The same updates, leaf by leaf, from a program whose size is the number of shapes, not of
     layers. Leaves are stacked where all settings, shape and dtype are equal.
 
     Args:
-      assemble: from the settings, by name, to an optimizer by `distribute`.
+      assemble: from `topology`, and from the settings by name, to an optimizer by `distribute`.
+      topology: of a sharded one, layers whose number its workers do not divide are cut into a piece
+        for each, where their norm takes every entry by itself.
       settings: each a pair, the setting for a tree like the parameters, and what it is of: a
         `Compressor`, a `Norm`, or a class of hashable values.
 
     Raises:
       ValueError: as `assemble` does; when first given parameters, for settings that do not fit.
     """
-    assemble(**{name: setting for name, (setting, _) in settings.items()})  # an error at once
+    # An error at once.
+    assemble(topology=topology, **{name: setting for name, (setting, _) in settings.items()})
 
     def of(tree) -> tuple[Grouping, Distributed]:
         chosen = {n: per_leaf(setting, tree, kind) for n, (setting, kind) in settings.items()}
-        grouping = Grouping.of(tree, list(zip(*chosen.values(), strict=True)))
+        grouping = grouping_of(tree, list(zip(*chosen.values(), strict=True)), topology)
         stacked = {
             name: {
-                group: _each(value, grouping.members[group])
+                group: _each(value, _numbers(grouping, group))
                 for group, value in grouping.choose(values).items()
             }
             for name, values in chosen.items()
         }
-        return grouping, assemble(**stacked)
+        return grouping, assemble(topology=topology, **stacked)
 
     def init(params):
         grouping, inner = of(params)
@@ -54,15 +64,40 @@ def grouped(assemble: Callable[..., Distributed], **settings: tuple[Setting, typ
     def messages(params):
         grouping, inner = of(params)
         sides = inner.messages(grouping.stack(params))
-        return tuple(grouping.unstack(_layers(side, grouping)) for side in sides)
+        return tuple(_leaf_messages(side, grouping) for side in sides)
+
+    def traffic(params):
+        grouping, inner = of(params)
+        return inner.traffic(grouping.stack(params))
 
     return Distributed.of(
         init,
         update,
         messages=messages,
+        traffic=traffic,
+        topology=topology,
         stack=lambda tree: of(tree)[0].stack(tree),
         unstack=lambda stacked, like: of(like)[0].unstack(stacked),
     )
+
+
+def grouping_of(tree: Any, settings: Sequence[tuple[Any, ...]], topology: Topology) -> Grouping:
+    """How `grouped` stacks `tree`. `settings`: of each leaf all that it has, in order."""
+
+    def pieces(setting, group):
+        owners = topology.owners
+        divided = group.layers % owners == 0
+        by_entries = any(isinstance(value, Norm) and value.entrywise for value in setting)
+        can_be_cut = len(group.shape) > 1 and group.shape[0] >= owners
+        return owners if by_entries and can_be_cut and not divided else 1
+
+    return Grouping.of(tree, settings, pieces)
+
+
+def _numbers(grouping, group):
+    """A number for each layer: of the leaf, if that is in one piece."""
+    members, leaves = grouping.groups[group], grouping.treedef.num_leaves
+    return tuple(i + piece * leaves for i in members.numbers for piece in range(members.pieces))
 
 
 def _each(value, numbers):
@@ -73,14 +108,22 @@ def _each(value, numbers):
     return value
 
 
-def _layers(side, grouping):
-    """{group: [message of each layer]}, as shapes."""
+def _leaf_messages(side, grouping):
+    """The tree of each leaf's own message, as shapes, from those of the groups."""
 
-    def layer(node):
-        first = jax.eval_shape(lambda node: jax.tree.map(lambda leaf: leaf[0], node), node)
-        return first.layers if isinstance(first, Stacked) else first
+    def of_leaf(node, group):
+        def take(node):
+            return jax.tree.map(lambda leaf: leaf[: group.pieces], node)
 
-    if not grouping.members:
-        return side
-    layers = jax.tree.map(layer, side, is_leaf=is_message)
-    return {name: [layers[name]] * len(numbers) for name, numbers in grouping.members.items()}
+        def unstacked(node):
+            return jax.tree.map(lambda leaf: leaf[0], node)
+
+        node = jax.eval_shape(take if group.pieces > 1 else unstacked, node)
+        return node.layers if isinstance(node, Stacked) and group.pieces == 1 else node
+
+    return grouping.unflatten(
+        {
+            name: [of_leaf(side[name], group)] * len(group.numbers)
+            for name, group in grouping.groups.items()
+        }
+    )

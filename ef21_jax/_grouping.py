@@ -17,33 +17,92 @@ from ._settings import path_name
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Leaves that are stacked into one array, of shape (layers, ...).
+
+    Attributes:
+      numbers: of the leaves, ascending.
+      shape: of each of them.
+      pieces: into how many each is cut along its first axis, the last one filled up with zeros.
+        Every piece is a layer then.
+    """
+
+    numbers: tuple[int, ...]
+    shape: tuple[int, ...]
+    pieces: int = 1
+
+    @property
+    def layers(self) -> int:
+        """The length of the stack."""
+        return len(self.numbers) * self.pieces
+
+    def stack(self, leaves: Sequence[Any]) -> Any:
+        """Takes arrays and `jax.ShapeDtypeStruct`s alike."""
+        first = leaves[0]
+        if isinstance(first, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((self.layers, *self.layer_shape), first.dtype)
+        if self.pieces > 1:
+            return jnp.concatenate([self._cut(leaf) for leaf in leaves])
+        return first[None] if len(leaves) == 1 else jnp.stack(leaves)
+
+    def unstack(self, stacked: jax.Array) -> list[jax.Array]:
+        """The inverse of `stack`."""
+        if self.pieces == 1:
+            return [stacked[i] for i in range(self.layers)]
+        whole = stacked.reshape(len(self.numbers), -1, *self.shape[1:])
+        return [leaf[: self.shape[0]] for leaf in whole]
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Of each layer of the stack."""
+        if self.pieces == 1:
+            return self.shape
+        return (-(-self.shape[0] // self.pieces), *self.shape[1:])
+
+    def _cut(self, leaf):
+        shape = self.layer_shape
+        missing = self.pieces * shape[0] - len(leaf)
+        leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+        return leaf.reshape(self.pieces, *shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Grouping:
     """Which leaves of a tree are stacked with which.
 
     Attributes:
       treedef: of the tree.
-      members: of each group, by its name, the numbers of its leaves, ascending.
+      groups: by name.
     """
 
     treedef: jax.tree_util.PyTreeDef
-    members: dict[str, tuple[int, ...]]
+    groups: dict[str, Group]
 
     @staticmethod
-    def of(tree: Any, settings: Sequence[Hashable]) -> "Grouping":
-        """Groups of equal settings, shapes and dtypes. `settings`: one for each leaf, in order.
+    def of(
+        tree: Any,
+        settings: Sequence[Hashable],
+        pieces: Callable[[Any, Group], int] = lambda setting, group: 1,
+    ) -> "Grouping":
+        """Groups of equal settings, shapes and dtypes.
 
         A group has the name of its first leaf, and how many others there are:
         `blocks.0.q.kernel+11`.
+
+        Args:
+          settings: one for each leaf, in order.
+          pieces: from the setting of a group, and the group, to the number of pieces.
         """
-        groups: dict[Hashable, list[int]] = {}
+        found: dict[Hashable, list[int]] = {}
         paths = jax.tree.leaves_with_path(tree)
         for i, ((_, leaf), setting) in enumerate(zip(paths, settings, strict=True)):
-            groups.setdefault((setting, leaf.shape, leaf.dtype), []).append(i)
-        members = {
-            _name(paths[numbers[0]][0], len(numbers) - 1): tuple(numbers)
-            for numbers in groups.values()
-        }
-        return Grouping(jax.tree.structure(tree), members)
+            found.setdefault((setting, leaf.shape, leaf.dtype), []).append(i)
+        groups = {}
+        for (setting, shape, _), numbers in found.items():
+            group = Group(tuple(numbers), tuple(shape))
+            group = dataclasses.replace(group, pieces=pieces(setting, group))
+            groups[_name(paths[numbers[0]][0], len(numbers) - 1)] = group
+        return Grouping(jax.tree.structure(tree), groups)
 
     def stack(self, tree: Any) -> Any:
         """{group: shape (layers, ...)}. Takes arrays and `jax.ShapeDtypeStruct`s alike.
@@ -53,19 +112,26 @@ class Grouping:
         leaves = jax.tree.leaves(tree)
         if not leaves:
             return tree
-        return {name: _stack([leaves[i] for i in m]) for name, m in self.members.items()}
+        return {
+            name: group.stack([leaves[i] for i in group.numbers])
+            for name, group in self.groups.items()
+        }
 
     def unstack(self, stacked: Any) -> Any:
         """The inverse of `stack`."""
+        return self.unflatten({n: group.unstack(stacked[n]) for n, group in self.groups.items()})
+
+    def unflatten(self, values: dict[str, Sequence[Any]]) -> Any:
+        """The tree with `values` in place of the leaves of each group, in order."""
         leaves: list[Any] = [None] * self.treedef.num_leaves
-        for name, numbers in self.members.items():
-            for layer, i in enumerate(numbers):
-                leaves[i] = stacked[name][layer]
+        for name, group in self.groups.items():
+            for i, value in zip(group.numbers, values[name], strict=True):
+                leaves[i] = value
         return self.treedef.unflatten(leaves)
 
     def choose(self, values: Sequence[Any]) -> dict[str, Any]:
         """Of `values`, one for each leaf, that of each group's first."""
-        return {name: values[numbers[0]] for name, numbers in self.members.items()}
+        return {name: values[group.numbers[0]] for name, group in self.groups.items()}
 
 
 def each_layer(function: Callable[..., Any], *stacked: Any) -> Any:
@@ -102,12 +168,3 @@ def _layers(stacked):
 def _name(path, others):
     name = path_name(path).replace("/", ".")
     return f"{name}+{others}" if others else name
-
-
-def _stack(leaves):
-    first = leaves[0]
-    if isinstance(first, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
-    if len(leaves) == 1:
-        return first[None]
-    return jnp.stack(leaves)

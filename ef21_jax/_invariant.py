@@ -14,7 +14,8 @@ from ._distributed import Distributed, check_distributed
 from ._dtypes import widen
 from ._feedback import EF21State, MomentumState
 from ._settings import path_name
-from ._state import DistributedState, find_state
+from ._state import DistributedState, find_state, is_per_worker
+from ._topologies import deal, join
 
 
 def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
@@ -41,9 +42,12 @@ def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
         )
     worst = 0.0
     for (path, mine), theirs in zip(
-        jax.tree.leaves_with_path(worker), jax.tree.leaves(server), strict=True
+        jax.tree.leaves_with_path(worker),
+        jax.tree.leaves(server, is_leaf=is_per_worker),
+        strict=True,
     ):
         mean = _mean(mine, state)
+        theirs = join(theirs, mean)
         if mean.shape != theirs.shape:
             raise ValueError(
                 f"{path_name(path[2:])}: the workers' estimates average to shape {mean.shape}, the "
@@ -103,7 +107,7 @@ def warm_start(tx: Distributed, state: Any, gradients: optax.Updates) -> Any:
     def start(node):
         if not isinstance(node, DistributedState):
             return node
-        mean = jax.tree.map(lambda g: _mean(g, node), gradients)
+        mean = deal(tx.topology, jax.tree.map(lambda g: _mean(g, node), gradients))
         return node._replace(
             worker=jax.tree.map(lambda n: fill(n, gradients), node.worker, is_leaf=_is_memory),
             server=jax.tree.map(lambda n: fill(n, mean), node.server, is_leaf=_is_memory),

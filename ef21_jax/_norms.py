@@ -35,6 +35,11 @@ class Norm(abc.ABC):
     schatten: float | None = None
     mixed: tuple[float, float, int] | None = None
 
+    @property
+    def entrywise(self) -> bool:
+        """Whether the oracle takes every entry by itself: the largest entry, up to a factor."""
+        return self.mixed is not None and min(self.mixed[:2]) == math.inf
+
     @abc.abstractmethod
     def norm(self, x: jax.Array) -> jax.Array:
         """‖x‖. Shape: the leading axes of `x`. At least float32."""

@@ -20,6 +20,7 @@ from ._norms import Norm
 from ._polar import unit_scale
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
 from ._settings import Setting, per_leaf
+from ._topologies import Gather, Topology
 
 
 def lmo_step(
@@ -113,6 +114,8 @@ def ef21_muon(
     rules: tuple[Rule, ...] = SCION_RULES,
     weight_decay: float | jax.Array = 0.0,
     axis_name: AxisName = None,
+    mean_axis_name: AxisName = None,
+    topology: Topology = Gather(),
     seed: int = 0,
 ) -> Distributed:
     """EF21-Muon (paper M, Algorithm 3).
@@ -126,6 +129,9 @@ def ef21_muon(
       rules: the layers' norms and scales, see `routes`.
       weight_decay: decoupled, times the learning rate; acts on the server's model X.
       axis_name: the axis over which the workers are mapped; None for a single one.
+      mean_axis_name: the axes of the devices within a worker, over which gradients are averaged.
+      topology: `Gather()`, or `Sharded(n)` for a server that is spread over the n workers. What
+        becomes of each layer then is in `routes`.
       seed: of all randomness.
 
     Raises:
@@ -133,7 +139,7 @@ def ef21_muon(
         rule claims; and as `distribute` does.
     """
 
-    def assemble(up, down, norms):
+    def assemble(up, down, norms, topology):
         feedback = ef21(up)
         return distribute(
             worker=optax.chain(
@@ -146,11 +152,14 @@ def ef21_muon(
             ),
             downlink=None if downlink == Identity() else ef21_p(down),  # S = C(X − W),  W ← W + S
             axis_name=axis_name,
+            mean_axis_name=mean_axis_name,
+            topology=topology,
             seed=seed,
         )
 
     return grouped(
         assemble,
+        topology,
         up=(compressors_by(rules, uplink), Compressor),
         down=(compressors_by(rules, downlink), Compressor),
         norms=(norms_by(rules), Norm),
@@ -164,15 +173,17 @@ def gluon(
     rules: tuple[Rule, ...] = SCION_RULES,
     weight_decay: float | jax.Array = 0.0,
     axis_name: AxisName = None,
+    mean_axis_name: AxisName = None,
+    topology: Topology = Gather(),
 ) -> Distributed:
     """Gluon (Riabinin et al. 2025): LMO steps without compression, X ← X + t LMO(M).
 
-    Gradients are averaged by an all-reduce; there is one momentum, at the server, since the mean
-    of momenta is the momentum of means. Same steps as `ef21_muon` with Identity compressors.
+    Gradients are averaged by a reduction; there is one momentum, at the server, since the mean of
+    momenta is the momentum of means. Same steps as `ef21_muon` with Identity compressors.
     Arguments and errors are those of `ef21_muon`.
     """
 
-    def assemble(norms):
+    def assemble(norms, topology):
         return distribute(
             worker=optax.identity(),
             server=optax.chain(
@@ -180,9 +191,11 @@ def gluon(
                 lmo_step(norms, learning_rate, weight_decay=weight_decay),
             ),
             axis_name=axis_name,
+            mean_axis_name=mean_axis_name,
+            topology=topology,
         )
 
-    return grouped(assemble, norms=(norms_by(rules), Norm))
+    return grouped(assemble, topology, norms=(norms_by(rules), Norm))
 
 
 def scion(
@@ -191,6 +204,8 @@ def scion(
     momentum: float | jax.Array = 0.9,
     constrained: bool = False,
     axis_name: AxisName = None,
+    mean_axis_name: AxisName = None,
+    topology: Topology = Gather(),
 ) -> Distributed:
     """Scion (Pethick et al. 2025): Gluon with Spectral hidden layers, Sign elsewhere.
 
@@ -206,6 +221,8 @@ def scion(
         rules=SCION_RULES,
         weight_decay=1.0 if constrained else 0.0,
         axis_name=axis_name,
+        mean_axis_name=mean_axis_name,
+        topology=topology,
     )
 
 
@@ -218,6 +235,8 @@ def muon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     rules: tuple[Rule, ...] = MUON_RULES,
     axis_name: AxisName = None,
+    mean_axis_name: AxisName = None,
+    topology: Topology = Gather(),
 ) -> Distributed:
     """Muon (Jordan 2024): Spectral steps for hidden kernels, AdamW for all else.
 
@@ -241,7 +260,7 @@ def muon(
         found = ["adam" if rule.role == "adam" else "spectral" for rule in claim(rules, params)]
         return jax.tree.structure(params).unflatten(found)
 
-    def assemble(norms, methods):
+    def assemble(norms, methods, topology):
         spectral = optax.chain(
             optax.trace(momentum, nesterov=nesterov),
             lmo_step(norms, learning_rate, weight_decay=weight_decay),
@@ -250,9 +269,11 @@ def muon(
             worker=optax.identity(),
             server=optax.partition({"spectral": spectral, "adam": adam}, methods),
             axis_name=axis_name,
+            mean_axis_name=mean_axis_name,
+            topology=topology,
         )
 
-    return grouped(assemble, norms=(norms_by(rules), Norm), methods=(methods, str))
+    return grouped(assemble, topology, norms=(norms_by(rules), Norm), methods=(methods, str))
 
 
 def ef21_sgd(
@@ -340,13 +361,14 @@ def _descent(learning_rate):
 
 
 def _euclidean(mechanism, before, step, uplink, downlink, axis_name, seed):
-    def assemble(up, down):
+    def assemble(up, down, topology):
         feedback = mechanism(up)
         return distribute(
             worker=optax.chain(*before, feedback.worker),
             server=optax.chain(feedback.server, step),
             downlink=None if downlink == Identity() else ef21_p(down),
             axis_name=axis_name,
+            topology=topology,
             seed=seed,
         )
 

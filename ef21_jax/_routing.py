@@ -16,11 +16,13 @@ import optax
 
 from ._compressors import Compressor, Identity
 from ._dtypes import widen
+from ._grouped import grouping_of
 from ._matrix_norms import Spectral
 from ._messages import wire_bits
 from ._norms import RMS, Norm, Scaled, Shaped, Sign
 from ._settings import Setting, path_name, per_leaf
 from ._tables import shape_name, table
+from ._topologies import Gather, Topology
 
 
 # A policy gives the factor of a layer's radius that depends on its shape (fan_in, fan_out).
@@ -208,7 +210,10 @@ def compressors_by(rules: tuple[Rule, ...], compressor: Setting) -> Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """How one leaf is treated. Bytes are those of one step and one worker, as they travel."""
+    """How one leaf is treated. Bytes are those of one step and one worker, as they travel.
+
+    `server` says who takes the leaf's step.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -218,6 +223,7 @@ class Route:
     downlink: Compressor
     bytes_up: int
     bytes_down: int
+    server: str = "every worker"
 
 
 class Routes(tuple[Route, ...]):
@@ -232,7 +238,11 @@ class Routes(tuple[Route, ...]):
         ]  # fmt: skip
         up, down = sum(r.bytes_up for r in self), sum(r.bytes_down for r in self)
         total = ("total", "", "", "", "", "", f"{up:,}", f"{down:,}")
-        return table(head, [*body, total], right=2)
+        if len({r.server for r in self}) == 1:
+            return table(head, [*body, total], right=2)
+        # The one more column in front, since numbers stand to the right.
+        shown = [(row[0], r.server, *row[1:]) for row, r in zip(body, self, strict=True)]
+        return table((head[0], "server", *head[1:]), [*shown, (total[0], "", *total[1:])], right=2)
 
 
 def routes(
@@ -241,6 +251,7 @@ def routes(
     *,
     uplink: Setting = Identity(),
     downlink: Setting = Identity(),
+    topology: Topology = Gather(),
 ) -> Routes:
     """How `ef21_muon` with the same arguments treats each leaf of `params`.
 
@@ -250,32 +261,47 @@ def routes(
     Raises:
       ValueError: naming every leaf that no rule claims.
     """
+    leaves = jax.tree.leaves_with_path(params)
+    roles = [rule.role for rule in claim(rules, params)]
+    settings = [
+        per_leaf(compressors_by(rules, uplink), params, Compressor),
+        per_leaf(compressors_by(rules, downlink), params, Compressor),
+        per_leaf(norms_by(rules), params, Norm),
+    ]
+    settings = list(zip(*settings, strict=True))
+    grouping = grouping_of(params, settings, topology)
+    groups = {i: group for group in grouping.groups.values() for i in group.numbers}
 
-    def one(path, leaf, rule, up, down):
+    def one(i):
+        (path, leaf), (up, down, norm) = leaves[i], settings[i]
         return Route(
             path=path_name(path),
             shape=tuple(leaf.shape),
-            role=rule.role,
-            norm=_norm_for(rule, path, leaf),
+            role=roles[i],
+            norm=norm,
             uplink=up,
             downlink=down,
-            bytes_up=_bytes(up, leaf),
-            bytes_down=_bytes(down, leaf),
+            bytes_up=_bytes(up, leaf, groups[i]),
+            bytes_down=_bytes(down, leaf, groups[i]),
+            server=_server(groups[i], topology),
         )
 
-    leaves = jax.tree.leaves_with_path(params)
-    compressors = (
-        per_leaf(compressors_by(rules, setting), params, Compressor)
-        for setting in (uplink, downlink)
-    )
-    found = zip(leaves, claim(rules, params), *compressors, strict=True)
-    return Routes(one(path, leaf, *rest) for (path, leaf), *rest in found)
+    return Routes(map(one, range(len(leaves))))
 
 
-def _bytes(compressor, leaf):
-    x = widen(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+def _bytes(compressor, leaf, group):
+    x = widen(jax.ShapeDtypeStruct(group.layer_shape, leaf.dtype))
     message = jax.eval_shape(compressor.compress, x, jax.eval_shape(lambda: jax.random.key(0)))
-    return wire_bits(message) // 8
+    return group.pieces * (wire_bits(message) // 8)
+
+
+def _server(group, topology):
+    share = topology.share(group.layers)
+    if share == group.layers:
+        return "every worker"
+    missing = share * topology.owners - group.layers
+    what = f"{group.layers} layers" if group.pieces == 1 else f"{group.layers} pieces"
+    return f"{what}, {share} each" + (f" ({missing} empty)" if missing else "")
 
 
 def _short(norm, shape):

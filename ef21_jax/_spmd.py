@@ -8,15 +8,22 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 from . import _axes
 from ._axes import AxisName
-from ._state import is_state, state_axes
+from ._state import map_per_worker, state_axes
 
 
-def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None = None) -> Callable:
+def spmd(
+    step: Callable,
+    *,
+    axis_name: AxisName = "workers",
+    mean_axis_name: AxisName = None,
+    mesh: Mesh | None = None,
+) -> Callable:
     """Maps `step(*carry, batch) -> (*carry, aux)`, written for one worker, over all of them.
 
     `carry` is e.g. `(params, state)`, or one Flax `TrainState`. In it, the workers' part of the
     optimizer's state has a leading axis of workers (`replicate`), all else is shared. `batch` and
-    `aux` have a leading axis of workers throughout.
+    `aux` have a leading axis of workers throughout; with `mean_axis_name`, of all devices of all
+    workers, worker by worker.
 
     Args:
       step: one worker's step. It calls `tx.update` with its own gradients.
@@ -24,6 +31,8 @@ def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None =
         With a mesh, those of the names that it has are its axes, manual in a `shard_map`; one more
         name is that of the lanes within a device, so n workers run on any number of devices that
         divides n: `("devices", "lanes")`.
+      mean_axis_name: as in `distribute`: the axes of the mesh for the devices within a worker, each
+        with a batch of its own. Axes of the mesh that are named nowhere are left to the compiler.
       mesh: the devices.
 
     Returns:
@@ -42,10 +51,16 @@ def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None =
             f"`axis_name` must name axes of the mesh, {mesh.axis_names}, and then at most one "
             f"more for lanes within a device, got {axis_name!r}."
         )
+    inside = _axes.names(mean_axis_name)
+    if inside and (lanes or mesh is None or not set(inside) <= set(mesh.axis_names) - set(names)):
+        raise ValueError(
+            f"`mean_axis_name` must name other axes of the mesh than `axis_name`, {axis_name!r}, "
+            f"and there can be no lanes then, got {mean_axis_name!r}."
+        )
 
     def mapped(*args):
         *carry, batch = args
-        _check_workers(batch, mesh, on_mesh, lanes)
+        _check_workers(batch, mesh, on_mesh + inside, lanes)
         axes = (*(state_axes(part) for part in carry), 0)
         if lanes:
             inner = jax.vmap(step, in_axes=axes, out_axes=axes, axis_name=lanes[0])
@@ -53,7 +68,8 @@ def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None =
             inner = _alone_on_its_device(step)
         if mesh is None:
             return inner(*args)
-        specs = (*(state_axes(part, P(on_mesh), P()) for part in carry), P(on_mesh))
+        parts = (state_axes(part, P(on_mesh), P()) for part in carry)
+        specs = (*parts, P(on_mesh + inside))
         # With check_vma=True the gradient with respect to shared parameters is a sum over workers,
         # and collectives over a vmap axis do not trace.
         return jax.shard_map(
@@ -61,7 +77,7 @@ def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None =
             mesh=mesh,
             in_specs=specs,
             out_specs=specs,
-            axis_names=frozenset(on_mesh),
+            axis_names=frozenset(on_mesh + inside),
             check_vma=False,
         )(*args)
 
@@ -71,24 +87,11 @@ def spmd(step: Callable, *, axis_name: AxisName = "workers", mesh: Mesh | None =
 def _alone_on_its_device(step):
     """Takes the axis of workers, of length one, off the arguments, and puts it on the results."""
 
-    def per_worker(change, part):
-        return jax.tree.map(
-            lambda node: (
-                node._replace(
-                    worker=jax.tree.map(change, node.worker), rejected=change(node.rejected)
-                )
-                if is_state(node)
-                else node
-            ),
-            part,
-            is_leaf=is_state,
-        )
-
     def wrapped(*args):
         *carry, batch = args
-        carry = [per_worker(lambda x: x[0], part) for part in carry]
+        carry = [map_per_worker(lambda x: x[0], part) for part in carry]
         *carry, aux = step(*carry, jax.tree.map(lambda x: x[0], batch))
-        carry = [per_worker(lambda x: x[None], part) for part in carry]
+        carry = [map_per_worker(lambda x: x[None], part) for part in carry]
         return (*carry, jax.tree.map(lambda x: jnp.asarray(x)[None], aux))
 
     return wrapped

@@ -112,14 +112,11 @@ def test_a_shard_map_of_the_users_own_that_checks_types_agrees_with_lanes(uplink
     state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
 
     def body(params, state, batch):
-        mine = jax.tree.map(lambda x: x[0], (state.worker, state.rejected))
-        state = state._replace(worker=mine[0], rejected=mine[1])
+        state = ef21.map_per_worker(lambda x: x[0], state)
         batch = jax.tree.map(lambda x: x[0], batch)
         value, grads = jax.value_and_grad(loss)(ef21.varying(params, "workers"), batch)
         updates, state = tx.update(grads, state, params)
-        state = state._replace(
-            worker=jax.tree.map(lambda x: x[None], state.worker), rejected=state.rejected[None]
-        )
+        state = ef21.map_per_worker(lambda x: x[None], state)
         return optax.apply_updates(params, updates), state, value[None]
 
     specs = (P(), ef21.state_axes(state, P("workers"), P()), P("workers"))

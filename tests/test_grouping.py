@@ -35,16 +35,17 @@ def grouping(params, setting=lambda path: "a"):
 
 def test_equal_settings_shapes_and_dtypes_make_a_group_named_by_its_first_leaf():
     found = grouping(PARAMS)
-    assert found.members == {
+    assert {name: group.numbers for name, group in found.groups.items()} == {
         "blocks.0.down.bias+1": (0, 3),
         "blocks.0.down.kernel+1": (1, 4),
         "blocks.0.up.kernel+2": (2, 5, 7),
         "empty": (6,),
     }
     apart = grouping(PARAMS, lambda path: "head" in str(path))
-    assert apart.members["blocks.0.up.kernel+1"] == (2, 5) and apart.members["head.kernel"] == (7,)
+    assert apart.groups["blocks.0.up.kernel+1"].numbers == (2, 5)
+    assert apart.groups["head.kernel"].numbers == (7,)
     narrow = {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"].astype(jnp.bfloat16)}}
-    assert grouping(narrow).members["head.kernel"] == (7,)
+    assert grouping(narrow).groups["head.kernel"].numbers == (7,)
 
 
 def test_to_stack_and_to_unstack_are_inverses():
@@ -115,7 +116,7 @@ def test_a_grouped_run_equals_the_ungrouped_one_leaf_by_leaf(name):
     up, down = setting(name), ef21.RandK(0.9) >> ef21.Natural()
     alone = assemble(up, down, norms)
     together = ef21.grouped(
-        assemble,
+        lambda topology, **settings: assemble(**settings),
         uplink=(up, ef21.Compressor),
         downlink=(down, ef21.Compressor),
         norms=(norms, ef21.Norm),
