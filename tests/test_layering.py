@@ -19,6 +19,7 @@ README = PACKAGE.parent / "README.md"
 ORDER = [
     "_dtypes",
     "_tables",
+    "_collectives",
     "_settings",
     "_axes",
     "_state",
@@ -52,6 +53,10 @@ ORDER = [
     "_invariant",
     "_routing",
     "_optimizers",
+    "ledger._steps",
+    "ledger._traffic",
+    "ledger._compiled",
+    "ledger._audit",
     "ledger",
     "theory._checks",
     "theory._layers",
