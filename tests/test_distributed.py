@@ -1,7 +1,6 @@
 """One update, many harnesses: lanes, devices, both, pmap, and a shard_map of the user's own."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -145,35 +144,17 @@ def test_a_single_worker_needs_no_axis():
     agree(alone[0], mapped[0])
 
 
-COLLECTIVES = r"(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
-
-
-def collectives(compiled):
-    """(operation, [(dtype, size), ...]) of every collective in a compiled program."""
-    found = []
-    for result, kind in re.findall(rf"= (\S.*?) ({COLLECTIVES})(?:-start)?\(", compiled.as_text()):
-        arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", result)
-        found.append(
-            (kind, [(d, int(np.prod([int(x) for x in s.split(",") if x]))) for d, s in arrays])
-        )
-    return found
-
-
-SIZES = {"pred": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f32": 4}
-
-
 def sent(compiled, summed):
-    """What each worker sends, in bytes. `summed`: whether every message can be.
+    """What each worker gives to collectives, in bytes. `summed`: whether every message can be.
 
     Messages are gathered as the unsigned integers they are; what can be summed is, as floats.
     """
-    found = {"all-gather": 0, "all-reduce": 0}
-    for kind, arrays in collectives(compiled):
-        for dtype, size in arrays:
-            assert dtype.startswith("f" if kind == "all-reduce" else "u")
-            found[kind] += SIZES[dtype] * size
-    assert bool(found["all-gather"]) == (not summed)
-    return found["all-gather"] // NUM_WORKERS + found["all-reduce"]
+    rows = ef21.ledger.collective_bytes(compiled).rows
+    for row in rows:
+        letter = {"all-gather": "u", "all-reduce": "f"}[row.kind]
+        assert all(dtype.startswith(letter) for dtype in row.dtypes) and not row.conditional
+    assert ("all-gather" in {row.kind for row in rows}) == (not summed)
+    return sum(row.executions * row.operand_bytes for row in rows)
 
 
 @pytest.mark.parametrize("uplink", [*UPLINKS, ef21.RankK(0.4), ef21.Natural()], ids=repr)
@@ -212,10 +193,8 @@ def test_without_compression_an_all_reduce_carries_the_gradient(optimized):
     tx, mesh = ef21.gluon(1e-3, axis_name="workers"), mesh_of(NUM_WORKERS)
     state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
     step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
-    found = collectives(step.lower(PARAMS, state, batch_of(NUM_WORKERS)).compile())
-    assert {kind for kind, _ in found} == {"all-reduce"}
-    reduced = sum(SIZES[dtype] * size for _, arrays in found for dtype, size in arrays)
-    assert reduced == ef21.ledger.bytes_per_step(tx, PARAMS).up == 4 * (30 + 5)
+    compiled = step.lower(PARAMS, state, batch_of(NUM_WORKERS)).compile()
+    assert sent(compiled, summed=True) == ef21.ledger.bytes_per_step(tx, PARAMS).up == 4 * (30 + 5)
 
 
 def test_a_second_step_does_not_compile_again_and_donation_is_taken():
