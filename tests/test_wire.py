@@ -1,0 +1,195 @@
+"""Bytes are real: compiled programs carry what the ledger says, in every topology, and no more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import ef21_jax as ef21
+from ef21_jax import _wire
+
+
+SHAPE = registry.SHAPE
+RULES = (
+    ef21.Rule("vector", ef21.RMS(), ndims=(0, 1), compress=False),
+    ef21.Rule("table", ef21.Sign(), path="table"),
+    ef21.Rule("hidden", ef21.Frobenius()),
+)
+BLOCKS = ef21.BlockTopK(block=4)
+NATURAL = ef21.Natural()
+TOPOLOGIES = [ef21.Gather(), ef21.Sharded(4)]
+PARAMS = {
+    "layers": [jnp.ones((16, 24))] * 6,
+    "alone": jnp.ones((8, 12)),
+    "gains": [jnp.ones(16)] * 4,
+    "table": jnp.ones((10, 8)),
+}
+
+
+def muon(topology, uplink=BLOCKS, downlink=NATURAL, axis_name="workers", **kwargs):
+    return ef21.ef21_muon(
+        0.1, uplink=uplink, downlink=downlink, rules=RULES, axis_name=axis_name,
+        topology=topology, **kwargs,
+    )  # fmt: skip
+
+
+def step_of(tx, spoil=lambda grads: grads):
+    def step(params, state, b):
+        grads = spoil(jax.tree.map(lambda p: p * b, params))
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, b
+
+    return step
+
+
+def mesh_of(*axes):
+    names, sizes = zip(*axes, strict=True)
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(axes))
+
+
+FOUR = mesh_of(("workers", 4))
+
+
+def compiled(tx, mesh, params=PARAMS, step=None, batch=4, axis_name="workers", **mapped):
+    mapped_step = ef21.spmd(step or step_of(tx), mesh=mesh, axis_name=axis_name, **mapped)
+    workers = np.prod([mesh.shape[name] for name in np.atleast_1d(axis_name)])
+    state = ef21.replicate(tx.init(params), int(workers), mesh=mesh, axis_name=axis_name)
+    return jax.jit(mapped_step).lower(params, state, jnp.ones(batch)).compile()
+
+
+def brought(found):
+    """Bytes of each kind of collective, as `ledger.traffic` has them."""
+    kinds = dict.fromkeys(("all-gather", "all-to-all", "all-reduce", "reduce-scatter"), 0)
+    for row in found.rows:
+        kinds[row.kind] += row.operand_bytes * row.executions
+    return kinds
+
+
+@pytest.mark.slow  # of all that is gathered, test_distributed has a program
+def test_every_compressors_bytes_travel_both_ways_as_the_ledger_says(optimized):
+    # Two leaves, that are dealt out, and one compressor, of each kind: one program holds them all.
+    shared = (ef21.RandK(0.25, shared=True), ef21.RandomSubspace(0.25, shared=True))
+    every = (*registry.COMPRESSORS, *registry.BLOCK_COMPRESSORS, *registry.STEPS, *shared)
+    kinds = {repr(compressor): compressor for compressor in every}
+    params = {name: [jnp.ones(SHAPE)] * 2 for name in kinds}
+    downs = {n: c if not c.shared else NATURAL for n, c in kinds.items()}
+    tx = muon(ef21.Sharded(4), uplink=kinds, downlink=downs)
+    found = ef21.ledger.audit(compiled(tx, FOUR, params), tx, params, mesh=FOUR)
+    assert brought(found) == ef21.ledger.traffic(tx, params, 4).brought
+    for row in found.rows:  # messages as integers, what the network adds as floats
+        summed = row.kind in ("all-reduce", "reduce-scatter")
+        assert all(dtype.startswith("f" if summed else "u") for dtype in row.dtypes)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=repr)
+def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized):
+    tx = muon(topology)
+    found = ef21.ledger.audit(compiled(tx, FOUR), tx, PARAMS, mesh=FOUR)
+    assert brought(found) == ef21.ledger.traffic(tx, PARAMS, 4).brought
+    many = {"all-gather", "all-to-all", "reduce-scatter"} if topology.owners > 1 else set()
+    assert {row.kind for row in found.rows} >= many
+    # One row of bytes for all messages that go one way.
+    assert len(found.rows) <= 5
+
+
+@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(2)], ids=repr)
+@pytest.mark.parametrize("kind", ["mean", "compiler"])
+def test_a_worker_of_several_devices_sends_every_byte_once(kind, topology, optimized):
+    mesh = mesh_of(("workers", 2), ("inside", 2))
+    inside = "inside" if kind == "mean" else None
+    tx = muon(topology, uplink={**dict.fromkeys(PARAMS, BLOCKS), "alone": ef21.Identity()},
+              mean_axis_name=inside)  # fmt: skip
+    program = compiled(tx, mesh, batch=4 if inside else 2, mean_axis_name=inside)
+    found = ef21.ledger.audit(program, tx, PARAMS, mesh=mesh)
+    expected = ef21.ledger.traffic(tx, PARAMS, 2).sent
+    # A row that two devices do not divide has a byte, or a float, more.
+    assert expected <= found.sent_per_worker <= expected + 4 * len(found.rows)
+
+
+def test_an_array_that_is_split_inside_a_worker_is_not_gathered_across_workers(optimized):
+    mesh = mesh_of(("workers", 2), ("inside", 2))
+    tx = muon(ef21.Sharded(2))
+    split = NamedSharding(mesh, P(None, "inside"))
+    params = {**PARAMS, "layers": [jax.device_put(x, split) for x in PARAMS["layers"]]}
+    ef21.ledger.audit(compiled(tx, mesh, params, batch=2), tx, params, mesh=mesh)
+
+
+def mean_first(grads):
+    return jax.tree.map(lambda g: jax.lax.pmean(g, "workers"), grads)
+
+
+def sometimes(grads):
+    largest = jnp.max(grads["alone"])
+    return jax.lax.cond(largest > 0, mean_first, lambda grads: grads, grads)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=repr)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (mean_first, "averaged outside of the optimizer.*all-reduce of 10,176 bytes"),
+        (sometimes, "all-reduce at .*test_wire.py:.*runs only if the data say so"),
+    ],
+)
+def test_an_audit_refuses_dense_bytes_and_collectives_under_a_condition(topology, spoil, message):
+    tx = muon(topology)
+    with pytest.raises(ValueError, match=message):
+        ef21.ledger.audit(compiled(tx, FOUR, step=step_of(tx, spoil)), tx, PARAMS, mesh=FOUR)
+
+
+def test_an_audit_of_many_steps_counts_them_all():
+    tx = muon(ef21.Sharded(4))
+
+    def three(params, state, batch):
+        def body(carry, _):
+            *carry, _ = ef21.spmd(step_of(tx), mesh=FOUR)(*carry, batch)
+            return tuple(carry), None
+
+        return jax.lax.scan(body, (params, state), length=3)[0]
+
+    state = ef21.replicate(tx.init(PARAMS), 4, mesh=FOUR)
+    program = jax.jit(three).lower(PARAMS, state, jnp.ones(4)).compile()
+    found = ef21.ledger.audit(program, tx, PARAMS, mesh=FOUR, steps=3)
+    assert brought(found) == {
+        kind: 3 * size for kind, size in ef21.ledger.traffic(tx, PARAMS, 4).brought.items()
+    }
+    with pytest.raises(ValueError, match="A worker sends"):
+        ef21.ledger.audit(program, tx, PARAMS, mesh=FOUR)
+
+
+def test_a_sharded_server_sends_its_message_once_however_many_workers():
+    params = {"layers": [jnp.ones((16, 24))] * 8}
+    sent = {n: ef21.ledger.traffic(muon(ef21.Sharded(n)), params) for n in (2, 4, 8)}
+    whole = ef21.ledger.bytes_per_step(muon(ef21.Gather()), params)
+    for n, traffic in sent.items():
+        assert traffic.sent == (n - 1) / n * whole.up + (n - 1) * whole.down / n
+    # Where all workers repeat the step, a worker sends to every other one.
+    assert ef21.ledger.traffic(muon(ef21.Gather()), params, 8).sent == 7 * whole.up
+
+
+ARRAYS = [
+    np.arange(7, dtype=np.uint8),
+    np.zeros((0, 3), np.uint16),
+    np.arange(6, dtype=np.uint16).reshape(2, 3) * 9999,
+    np.asarray(4_000_000_001, np.uint32),
+    np.arange(8, dtype=np.uint32).reshape(2, 2, 2) * 123_456_789,
+]
+
+
+@pytest.mark.parametrize("large", [0, 12, 1 << 22])
+@pytest.mark.parametrize("lead", [0, 1])
+def test_rows_hold_their_arrays_bit_for_bit(large, lead, monkeypatch):
+    monkeypatch.setattr(_wire, "_LARGE", large)
+    arrays = [jnp.asarray(np.stack([x, x[..., ::-1] if x.ndim else x])) if lead else jnp.asarray(x)
+              for x in ARRAYS]  # fmt: skip
+    rows = _wire.Rows.of(arrays, lead)
+    assert all(row.ndim == lead + 1 for row in rows.rows)
+    assert sum(row.nbytes for row in rows.rows) == sum(x.nbytes for x in arrays)
+    # As a collective does, with another lead.
+    carried = rows.carried(lambda row: jnp.stack([row, row]))
+    for found, array in zip(carried, arrays, strict=True):
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, np.stack([array, array]))
