@@ -1,0 +1,87 @@
+"""A script's part in a job of several processes: joining it, and what all of them hold together.
+
+The same script runs alone, under `experiments.launch`, under SLURM and on a TPU pod. A process
+gives its own batch; model and state are made by all of them at once, already in their places.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import ef21_jax as ef21
+
+
+# Seconds. The launcher ends the others when a process fails, so these are for what it cannot see.
+TIMEOUTS = {
+    "initialization_timeout": 60,
+    "heartbeat_timeout_seconds": 30,
+    "shutdown_timeout_seconds": 60,
+}
+# What the launcher tells each process.
+COORDINATOR, PROCESSES, PROCESS_ID = (
+    f"EF21_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS_ID")
+)
+
+
+def initialize() -> None:
+    """Joins the job that this process was started for, if any. Call it before anything of JAX.
+
+    Under `experiments.launch`: that job. Elsewhere JAX looks for SLURM, a TPU pod and the others
+    that it knows, as `jax.distributed.initialize()` does; where it finds none, nothing happens.
+    """
+    if COORDINATOR in os.environ:
+        address = os.environ[COORDINATOR]
+        jax.distributed.initialize(
+            address,
+            num_processes=int(os.environ[PROCESSES]),
+            process_id=int(os.environ[PROCESS_ID]),
+            # JAX's own choice would be every address of this machine.
+            coordinator_bind_address=address,
+            # No look at the surroundings: a SLURM job may contain this one.
+            cluster_detection_method="deactivate",
+            **TIMEOUTS,
+        )
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):
+            raise
+
+
+def worker_mesh(axis_name: str = "workers") -> Mesh:
+    """All devices of all processes in one axis."""
+    return jax.make_mesh((jax.device_count(),), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+def global_batch(local: Any, mesh: Mesh, axis_name: str = "workers") -> Any:
+    """A batch of all workers from each process's own.
+
+    Args:
+      local: arrays with a leading axis of this process's workers, as many on every process.
+      mesh: of all processes.
+      axis_name: the mesh axis of workers, in which the processes follow each other.
+
+    Returns:
+      The same tree, with a leading axis of all workers. Nothing is sent.
+    """
+    sharding = NamedSharding(mesh, P(axis_name))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), local
+    )
+
+
+def create(make: Callable[[], Any], mesh: Mesh, axis_name: str = "workers") -> Any:
+    """What `make()` returns, e.g. parameters and `replicate(tx.init(params), n)`, on the mesh.
+
+    The workers' part of an optimizer's state is split over `axis_name`, all else is on every
+    device. Each process computes its share, from the same program: nothing is sent.
+    """
+    shapes = jax.eval_shape(make)
+    split, shared = NamedSharding(mesh, P(axis_name)), NamedSharding(mesh, P())
+    placement = jax.tree.broadcast(ef21.state_axes(shapes, split, shared), shapes)
+    return jax.jit(make, out_shardings=placement)()

@@ -1,0 +1,117 @@
+"""What the processes of `test_cluster` run: EF21-Muon on a tiny problem.
+
+    python -m experiments.launch --processes 2 -- -m tests.process_job gather few OUT
+
+One matrix a compressor, so that all of them are in one program. Lanes take the same steps.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import ef21_jax as ef21
+from experiments import cluster
+
+
+SHAPE = (6, 40)
+STEPS = 100
+# One of each way to travel: sums of arrays, of values at shared places, and gathered messages.
+FEW = (
+    ef21.Identity(),
+    ef21.RandK(0.25, shared=True),
+    ef21.RankK(0.25) >> ef21.Natural(),
+    ef21.BlockTopK() >> ef21.BlockNatural(),
+)
+ALL = FEW + (
+    ef21.TopK(0.25),
+    ef21.RandK(0.25),
+    ef21.RankK(0.25),
+    ef21.RandomSubspace(0.5),
+    ef21.RandomSubspace(0.5, shared=True),
+    ef21.ColumnTopK(0.25),
+    ef21.Natural(),
+    ef21.Damping(0.75),
+    ef21.Dropout(0.7),
+    ef21.NuclearSharp(),
+    ef21.L1Sharp(),
+    ef21.BlockTopK(),
+    ef21.BlockNatural(),
+    ef21.Quantize(4),
+    ef21.ScaledSign(),
+    ef21.TwoLevel(),
+    ef21.TopK(0.25) >> ef21.Natural(),
+)
+UPLINKS = {"few": FEW, "all": ALL}
+TOPOLOGIES = {"gather": lambda workers: {}}  # arguments of the optimizer
+
+
+def optimizer(topology, uplinks, workers):
+    return ef21.ef21_muon(
+        optax.linear_schedule(0.2, 0.0, STEPS),
+        uplink={layer_name(i): uplink for i, uplink in enumerate(uplinks)},
+        downlink=ef21.Natural(),
+        rules=(
+            ef21.Rule("hidden", ef21.Spectral(), "layer_0[0-3]"),
+            ef21.Rule("other", ef21.Frobenius()),  # compiles sooner
+        ),
+        axis_name="workers",
+        **TOPOLOGIES[topology](workers),
+    )
+
+
+def layer_name(i):
+    return f"layer_{i:02}"
+
+
+def targets(uplinks, workers):
+    """What each worker's gradients draw to: (workers, layers, *SHAPE)."""
+    shape = (workers, len(uplinks), *SHAPE)
+    return np.random.default_rng(0).uniform(-1.0, 1.0, shape).astype(np.float32)
+
+
+def start(tx, uplinks, workers):
+    params = {layer_name(i): jnp.zeros(SHAPE) for i in range(len(uplinks))}
+    return params, ef21.replicate(tx.init(params), workers)
+
+
+def train(tx, carry, batch, mesh=None):
+    """W after each step, the same at all workers: (steps, layers, *SHAPE)."""
+
+    def stacked(params):
+        return jnp.stack([params[name] for name in sorted(params)])
+
+    def worker_step(params, state, target):
+        grads = jax.grad(lambda w: 0.5 * jnp.sum(jnp.square(stacked(w) - target)))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, None
+
+    def every_step(carry, batch):
+        def one(carry, _):
+            params, state, _ = ef21.spmd(worker_step, mesh=mesh)(*carry, batch)
+            return (params, state), stacked(params)
+
+        return jax.lax.scan(one, carry, length=STEPS)[1]
+
+    return np.asarray(jax.jit(every_step)(carry, batch))
+
+
+def main():
+    topology, which, out = sys.argv[1:]
+    uplinks = UPLINKS[which]
+    cluster.initialize()
+    workers, own = jax.process_count(), jax.process_index()
+    mesh = cluster.worker_mesh()
+    tx = optimizer(topology, uplinks, workers)
+    carry = cluster.create(lambda: start(tx, uplinks, workers), mesh)
+    for leaf in jax.tree.leaves(carry[1].worker):
+        if leaf.addressable_data(0).shape[0] != 1:
+            raise AssertionError("A process holds the state of other workers.")
+    batch = cluster.global_batch(targets(uplinks, workers)[own : own + 1], mesh)
+    np.save(f"{out}.{own}.npy", train(tx, carry, batch, mesh))
+
+
+if __name__ == "__main__":
+    main()
