@@ -93,7 +93,7 @@ def run(jobs, *, timeout=None, write=None):
     write = sys.stdout.write if write is None else write
     deadline = None if timeout is None else time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ended_by_sigterm())
+        stack.enter_context(ended_by_sigterm())
         processes = []
         stack.callback(_end, processes)
         readers = []
@@ -159,7 +159,7 @@ def _signal(process, number):
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm():
+def ended_by_sigterm():
     """Inside, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
