@@ -5,10 +5,12 @@ gives its own batch; model and state are made by all of them at once, already in
 """
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -45,6 +47,10 @@ def initialize() -> None:
             cluster_detection_method="deactivate",
             **TIMEOUTS,
         )
+        # Gloo gives the others 30 seconds to come to the first collective, and as long as they
+        # need to all later ones: so meet now, and not when each has compiled something large.
+        wait_for_all(worker_mesh())
+        sys.excepthook = _fail
         return
     try:
         jax.distributed.initialize()
@@ -53,9 +59,23 @@ def initialize() -> None:
             raise
 
 
+def _fail(*error):
+    """Ends at once, for the launcher to see. JAX would first wait for the others to end too."""
+    sys.__excepthook__(*error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def worker_mesh(axis_name: str = "workers") -> Mesh:
     """All devices of all processes in one axis."""
     return jax.make_mesh((jax.device_count(),), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+def wait_for_all(mesh: Mesh) -> None:
+    """Returns when all processes have called it. Sends a few hundred bytes."""
+    total = jax.jit(jnp.sum)(global_batch(np.ones(jax.local_device_count(), np.int32), mesh))
+    jax.block_until_ready(total)
 
 
 def global_batch(local: Any, mesh: Mesh, axis_name: str = "workers") -> Any:

@@ -8,6 +8,8 @@ machine. Needs Linux, root and iproute2.
 
 import contextlib
 import dataclasses
+import importlib
+import json
 import os
 import pathlib
 import re
@@ -15,8 +17,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 
-from experiments import launch
+from experiments import cluster, launch
 
 
 INTERFACE = "eth0"
@@ -99,20 +102,34 @@ class Network:
                 shape = ("tbf", "rate", rate, "burst", str(burst), "latency", "200ms")
                 _call("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *shape)
 
-    def run(self, script: list[str], *, environment=None, timeout=None, write=None) -> int:
-        """Runs Python with these arguments once in each namespace, as one job (`cluster`).
+    def call(self, function: str, *args, environment=None, timeout=None) -> list:
+        """Calls a function once in each namespace, as one job of JAX processes.
 
-        Arguments and result are those of `launch.run`; `environment` is put on top of ours.
+        Args:
+          function: "module:name". It is called when its process has joined the job.
+          args: and its results go through JSON.
+          environment: variables of the processes, on top of ours.
+          timeout: seconds, or None.
+
+        Returns:
+          What each call has returned.
+
+        Raises:
+          RuntimeError: if one of them fails. What it has printed is on standard output.
         """
-        coordinator = f"{self.addresses[0]}:9911"  # nobody else is in that namespace
-        jobs = [
-            (
-                ["ip", "netns", "exec", name, sys.executable, *script],
-                launch.environment(coordinator, len(self.names), i) | (environment or {}),
-            )
-            for i, name in enumerate(self.names)
-        ]
-        return launch.run(jobs, timeout=timeout, write=write)
+        coordinator = f"{self.addresses[0]}:9911"  # the namespace has no other use for the port
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [pathlib.Path(folder, f"{i}.json") for i in range(len(self.names))]
+            jobs = []
+            for i, (name, path) in enumerate(zip(self.names, paths, strict=True)):
+                path.write_text(json.dumps(args))
+                python = (sys.executable, "-m", "experiments.benchmarks.network")
+                variables = launch.environment(coordinator, len(self.names), i)
+                command = ["ip", "netns", "exec", name, *python, function, str(path)]
+                jobs.append((command, variables | (environment or {})))
+            if code := launch.run(jobs, timeout=timeout):
+                raise RuntimeError(f"{function} failed with exit code {code}.")
+            return [json.loads(path.read_text()) for path in paths]
 
 
 @contextlib.contextmanager
@@ -148,8 +165,8 @@ def check_rights() -> None:
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise OSError(
-            f"Network namespaces need Linux and iproute2, and there is no {' and no '.join(missing)}"
-            " here: apt install iproute2."
+            f"Network namespaces need Linux and iproute2, and {' and '.join(missing)} cannot be "
+            "found: apt install iproute2."
         )
     if os.geteuid() != 0:
         raise OSError("Network namespaces need root: run this with sudo.")
@@ -168,10 +185,23 @@ def _build(built):
         _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
         _call("ip", "-n", name, "link", "set", INTERFACE, "up")
         _call("ip", "-n", name, "link", "set", "lo", "up")
+        _keep_order(built.hub, port)
+        _keep_order(name, INTERFACE)
         # JAX's collectives listen on the address of this name.
         hosts = f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n"
         (_HOSTS / name).mkdir(parents=True)
         (_HOSTS / name / "hosts").write_text(hosts)
+
+
+def _keep_order(namespace, device):
+    """Hands all that arrives to one core, as long as the kernel can (RPS).
+
+    A sender that moves from core to core would overtake itself, as it cannot on a cable: TCP takes
+    that for losses and sends up to a few per cent twice.
+    """
+    cores = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
+    with contextlib.suppress(OSError):
+        _call("ip", "netns", "exec", namespace, "sh", "-c", f"echo 1 > {cores}")
 
 
 def _remove(built):
@@ -188,3 +218,16 @@ def _call(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+
+
+def _called(function, path):
+    """The other end of `Network.call`: the file has the arguments, and then the result."""
+    module, name = function.split(":")
+    cluster.initialize()
+    path = pathlib.Path(path)
+    result = getattr(importlib.import_module(module), name)(*json.loads(path.read_text()))
+    path.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _called(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Pictures of the benchmarks with a network, drawn from their records alone.
+
+python -m experiments.benchmarks.pictures experiments/results/benchmarks/wire_bytes.json
+"""
+
+import pathlib
+import sys
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from experiments import plots, records
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart, each with a marker of its own.
+_WIRE_STYLES = {
+    "dense": ("Gluon, dense all-reduce", "#000000", "o"),
+    "block": ("EF21-Muon, gather, blocks up", "#D55E00", "s"),
+    "rank15_natural": ("EF21-Muon, gather, Rank15% + Natural up", "#0072B2", "^"),
+    "sharded": ("EF21-Muon, sharded, blocks up and down", "#009E73", "D"),
+}
+
+
+def wire_bytes(path):
+    """Bytes sent against workers, by ledger and by counter; returns the picture's path."""
+    rows = records.read_json(path)["rows"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, (label, color, marker) in _WIRE_STYLES.items():
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        workers = [row["workers"] for row in own]
+        left.plot(workers, [row["ledger"] / 1e6 for row in own], color=color, linewidth=1)
+        counted = [row["payload"] / 1e6 for row in own]
+        left.plot(workers, counted, color=color, marker=marker, linestyle="", label=label)
+        for key, filling in (("payload", "full"), ("frames", "none")):
+            excess = [100 * (row[key] / row["ledger"] - 1) for row in own]
+            style = {"color": color, "marker": marker, "fillstyle": filling}
+            right.plot(workers, excess, linewidth=0.8, **style)
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    left.set_ylabel("sent by a worker in a step (MB)")
+    left.set_title("lines: ledger; marks: interface counters less headers", fontsize=9)
+    right.axhspan(-1, 1, color="0.93", zorder=0)
+    right.set_ylabel("counted over the ledger (%)")
+    right.set_title("filled: less headers; hollow: whole frames; grey: ±1 %", fontsize=9)
+    for axis in (left, right):
+        _workers_axis(axis, sorted({row["workers"] for row in rows}))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return plots.save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
+def _workers_axis(axis, workers):
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(workers))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_xlabel("workers")
+    axis.grid(color="0.92", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m experiments.benchmarks.pictures RECORD")
+    draw = {"wire_bytes": wire_bytes}
+    print(draw[pathlib.Path(sys.argv[1]).stem](sys.argv[1]))
