@@ -2,7 +2,8 @@
 
     python -m experiments.launch --processes 2 -- -m tests.process_job gather few OUT
 
-One matrix a compressor, so that all of them are in one program. Lanes take the same steps.
+Three layers a compressor, so that all of them are in one program, and so that two owners of
+layers have one too few. Lanes take the same steps.
 """
 
 import sys
@@ -18,6 +19,7 @@ from experiments import cluster
 
 SHAPE = (6, 40)
 STEPS = 100
+COPIES = 3
 # One of each way to travel: sums of arrays, of values at shared places, and gathered messages.
 FEW = (
     ef21.Identity(),
@@ -45,35 +47,35 @@ ALL = FEW + (
     ef21.TopK(0.25) >> ef21.Natural(),
 )
 UPLINKS = {"few": FEW, "all": ALL}
-TOPOLOGIES = {"gather": lambda workers: {}}  # arguments of the optimizer
+TOPOLOGIES = {"gather": lambda workers: ef21.Gather(), "sharded": ef21.Sharded}
 
 
 def optimizer(topology, uplinks, workers):
     return ef21.ef21_muon(
         optax.linear_schedule(0.2, 0.0, STEPS),
-        uplink={layer_name(i): uplink for i, uplink in enumerate(uplinks)},
+        uplink={name: uplinks[i // COPIES] for i, name in enumerate(layer_names(uplinks))},
         downlink=ef21.Natural(),
         rules=(
-            ef21.Rule("hidden", ef21.Spectral(), "layer_0[0-3]"),
+            ef21.Rule("hidden", ef21.Spectral(), "layer_0"),
             ef21.Rule("other", ef21.Frobenius()),  # compiles sooner
         ),
         axis_name="workers",
-        **TOPOLOGIES[topology](workers),
+        topology=TOPOLOGIES[topology](workers),
     )
 
 
-def layer_name(i):
-    return f"layer_{i:02}"
+def layer_names(uplinks):
+    return [f"layer_{i:02}" for i in range(COPIES * len(uplinks))]
 
 
 def targets(uplinks, workers):
     """What each worker's gradients draw to: (workers, layers, *SHAPE)."""
-    shape = (workers, len(uplinks), *SHAPE)
+    shape = (workers, len(layer_names(uplinks)), *SHAPE)
     return np.random.default_rng(0).uniform(-1.0, 1.0, shape).astype(np.float32)
 
 
 def start(tx, uplinks, workers):
-    params = {layer_name(i): jnp.zeros(SHAPE) for i in range(len(uplinks))}
+    params = {name: jnp.zeros(SHAPE) for name in layer_names(uplinks)}
     return params, ef21.replicate(tx.init(params), workers)
 
 
