@@ -4,6 +4,7 @@ The same script runs alone, under `experiments.launch`, under SLURM and on a TPU
 gives its own batch; model and state are made by all of them at once, already in their places.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -57,6 +58,37 @@ def initialize() -> None:
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
+
+
+def join(workers: int) -> Mesh:
+    """Joins the job, if any, and gives a mesh of `workers` devices, one worker each.
+
+    Of a single process whose devices are processor cores there are as many as are asked for.
+
+    Raises:
+      ValueError: where there are not so many devices.
+    """
+    if COORDINATOR not in os.environ:
+        with contextlib.suppress(RuntimeError):  # JAX has begun, with the devices that it has
+            jax.config.update("jax_num_cpu_devices", workers)
+    initialize()
+    if jax.device_count() != workers:
+        raise ValueError(
+            f"{workers} workers want a device each, and there are {jax.device_count()}: pass "
+            f"--workers {jax.device_count()}, or start another number of processes."
+        )
+    return worker_mesh()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def own_rows(rows: Any) -> Any:
+    """Of rows, one for each worker, those of the workers of this process."""
+    own = len(rows) // jax.process_count()
+    return rows[jax.process_index() * own :][:own]
 
 
 def _fail(*error):

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("tyro")
 
-from experiments import nanogpt, plots, records, sweep  # noqa: E402
+from experiments import cluster, nanogpt, plots, records, sweep  # noqa: E402
 from experiments.data import text  # noqa: E402
 from experiments.models import gpt  # noqa: E402
 
@@ -143,7 +143,8 @@ def counting(tmp_path):
 
 def batch(corpus, step, **changes):
     settings = {"seed": 0, "batch_size": 3, "length": 8} | changes
-    return np.asarray(text.training_batch(text.shards(corpus, 4, 8), jnp.int32(step), **settings))
+    shards = enumerate(text.shards(corpus, 4, 8))
+    return np.stack([text.training_batch(s, worker, step, **settings) for worker, s in shards])
 
 
 def test_a_batch_is_a_function_of_seed_step_and_worker(counting):
@@ -266,6 +267,40 @@ def test_the_main_job_end_to_end(tmp_path, capsys):
     assert "tokens/s" in printed
 
 
+@pytest.fixture
+def four(tmp_path, monkeypatch):
+    """Arguments for four workers, and the folder of their results. Their devices are there."""
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # JAX has begun, and cannot join a job
+    source = tmp_path / "text.txt"
+    source.write_text("to err is human, to feed the error back is EF21\n" * 60)
+    out = tmp_path / "out"
+    args = [*ARGS, "--workers", "4", "--methods", "rank15_natural", "--text", str(source)]
+    return [*args, "--downlink", "natural", "--topology", "sharded", "--out", str(out)], out
+
+
+def test_workers_on_devices_learn_what_lanes_do(four):
+    args, out = four
+    losses = []
+    for on in ("lanes", "devices"):
+        nanogpt.main([*args, "--on", on])
+        losses.append([line["loss_x"] for line in records.read_lines(out / "nanogpt.jsonl")[1]])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_an_audit_prints_what_a_compiled_step_sends_and_stops(four, capsys):
+    args, out = four
+    nanogpt.main([*args, "--audit"])
+    printed = capsys.readouterr().out
+    assert "one call, of 2 steps" in printed and "all-to-all" in printed
+    # Of two steps, by the program, and of one, by the ledger.
+    totals = [line.split() for line in printed.splitlines() if line.startswith("total")]
+    of_call, of_step = (int(words[-1].replace(",", "")) for words in totals)
+    assert 2 * of_step <= of_call <= 2 * of_step + 100
+    assert not out.exists()
+    with pytest.raises(ValueError, match="3 workers want a device each.*there are 4"):
+        nanogpt.main([*args, "--workers", "3", "--audit"])
+
+
 def test_routes_lists_every_parameter_and_stops(tmp_path, capsys):
     out = tmp_path / "out"
     nanogpt.main(["--routes", "--model", "124m", "--methods", "top15_natural", "--out", str(out)])
@@ -276,9 +311,9 @@ def test_routes_lists_every_parameter_and_stops(tmp_path, capsys):
     assert not out.exists()
 
 
-def fake_train(config, method, corpus):
+def fake_train(config, method, corpus, mesh=None):
     """What `nanogpt.train` yields, with losses that are best at half of the base rate."""
-    del corpus
+    del corpus, mesh
     rate = config.lr_multiplier or 1.0
     cost = {"uncompressed": 1000, "rank15_natural": 50, "top15_natural": 70}[method]
     for step in range(0, config.steps + 1, config.eval_every):

@@ -55,15 +55,11 @@ def shards(corpus, num_workers, length):
     return corpus.train[: size * num_workers].reshape(num_workers, size)
 
 
-def training_batch(shards, step, *, seed, batch_size, length):
-    """(num_workers, batch_size, length + 1) int32: random windows of each worker's own part."""
+def training_batch(shard, worker, step, *, seed, batch_size, length):
+    """(batch_size, length + 1) int32: random windows of a worker's own part, another each step."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
-
-    def draw(shard, worker):
-        worker_key = jax.random.fold_in(key, worker)
-        return windows(shard, _random_starts(worker_key, shard, batch_size, length), length)
-
-    return jax.vmap(draw)(shards, jnp.arange(len(shards)))
+    starts = _random_starts(jax.random.fold_in(key, worker), shard, batch_size, length)
+    return windows(shard, starts, length)
 
 
 def held_out_batch(corpus, batch_size, length):
