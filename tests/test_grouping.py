@@ -111,7 +111,11 @@ def compiled(tx):
     return jax.jit(ef21.spmd(step))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# The last holds one of each kind; the others take as long, and are of its kinds.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in list(SETTINGS)[:-2]]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "by blocks", "one of each"])
 def test_a_grouped_run_equals_the_ungrouped_one_leaf_by_leaf(name):
     up, down = setting(name), ef21.RandK(0.9) >> ef21.Natural()
     alone = assemble(up, down, norms)

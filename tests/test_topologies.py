@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import ef21_jax as ef21
 
 
+SLOW = pytest.mark.slow  # a second of a kind that the default run has one of
 NATURAL = ef21.Natural()
 RULES = (
     ef21.Rule("vector", ef21.RMS(), ndims=(0, 1), compress=False),
@@ -117,7 +118,9 @@ def mesh_of(*axes, types=AxisType.Auto):
     return jax.make_mesh(sizes, names, axis_types=(types,) * len(axes))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW), 8]
+)
 def test_a_sharded_server_takes_the_steps_of_one_that_all_repeat(workers):
     # Leaves of all kinds but one that is cut, since its pieces are compressed each by itself; and
     # in one of the programs every pair of compressors, on five layers each.
@@ -160,8 +163,15 @@ HARNESSES = {
 }
 
 
-@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(4)], ids=repr)
-@pytest.mark.parametrize("harness", HARNESSES)
+@pytest.mark.parametrize(
+    ("harness", "topology"),
+    [
+        *((harness, ef21.Sharded(4)) for harness in HARNESSES),
+        ("devices", ef21.Gather()),
+        *(pytest.param(harness, ef21.Gather(), marks=SLOW) for harness in list(HARNESSES)[1:]),
+    ],
+    ids=str,
+)
 def test_devices_agree_with_lanes_for_a_hundred_steps(harness, topology):
     setting = dict(HARNESSES[harness])
     mesh = mesh_of(*setting.pop("mesh"), types=setting.pop("types", AxisType.Auto))
@@ -193,8 +203,16 @@ def test_pmap_and_a_shard_map_that_checks_types_agree_with_lanes():
         agree(tuple(carry), expected)
 
 
-@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(2)], ids=repr)
-@pytest.mark.parametrize("kind", ["mean", "compiler"])
+@pytest.mark.parametrize(
+    ("kind", "topology"),
+    [
+        ("mean", ef21.Sharded(2)),
+        ("compiler", ef21.Sharded(2)),
+        pytest.param("mean", ef21.Gather(), marks=SLOW),
+        pytest.param("compiler", ef21.Gather(), marks=SLOW),
+    ],
+    ids=str,
+)
 def test_a_worker_of_several_devices_is_one_worker(kind, topology):
     """Its devices either have batches of their own, or share the arrays of one step."""
     mesh = mesh_of(("workers", 2), ("inside", 2))

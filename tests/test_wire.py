@@ -95,8 +95,16 @@ def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized
     assert len(found.rows) <= 5
 
 
-@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(2)], ids=repr)
-@pytest.mark.parametrize("kind", ["mean", "compiler"])
+@pytest.mark.parametrize(
+    ("kind", "topology"),
+    [
+        ("mean", ef21.Sharded(2)),
+        ("compiler", ef21.Sharded(2)),
+        pytest.param("mean", ef21.Gather(), marks=pytest.mark.slow),
+        pytest.param("compiler", ef21.Gather(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_worker_of_several_devices_sends_every_byte_once(kind, topology, optimized):
     mesh = mesh_of(("workers", 2), ("inside", 2))
     inside = "inside" if kind == "mean" else None
