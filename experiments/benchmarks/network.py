@@ -185,23 +185,23 @@ def _build(built):
         _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
         _call("ip", "-n", name, "link", "set", INTERFACE, "up")
         _call("ip", "-n", name, "link", "set", "lo", "up")
-        _keep_order(built.hub, port)
-        _keep_order(name, INTERFACE)
-        # JAX's collectives listen on the address of this name.
-        hosts = f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n"
+        # All that arrives goes to one core (RPS). A sender that moves from core to core would else
+        # overtake itself, as nothing does on a cable; TCP takes that for losses, and sends up to a
+        # few per cent twice.
+        _set(built.hub, f"/sys/class/net/{port}/queues/rx-0/rps_cpus", "1")
+        _set(name, f"/sys/class/net/{INTERFACE}/queues/rx-0/rps_cpus", "1")
+        _set(name, "/proc/sys/net/ipv4/tcp_congestion_control", "cubic")
+        # JAX's collectives listen on the address of this machine's name.
+        others = "".join(f"{other} worker{j}\n" for j, other in enumerate(built.addresses))
+        hosts = f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n{others}"
         (_HOSTS / name).mkdir(parents=True)
         (_HOSTS / name / "hosts").write_text(hosts)
 
 
-def _keep_order(namespace, device):
-    """Hands all that arrives to one core, as long as the kernel can (RPS).
-
-    A sender that moves from core to core would overtake itself, as it cannot on a cable: TCP takes
-    that for losses and sends up to a few per cent twice.
-    """
-    cores = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
+def _set(namespace, path, value):
+    """A setting of the kernel, if this one has it."""
     with contextlib.suppress(OSError):
-        _call("ip", "netns", "exec", namespace, "sh", "-c", f"echo 1 > {cores}")
+        _call("ip", "netns", "exec", namespace, "sh", "-c", f"echo {value} > {path}")
 
 
 def _remove(built):

@@ -3,13 +3,16 @@
 python -m experiments.benchmarks.pictures experiments/results/benchmarks/wire_bytes.json
 """
 
+import itertools
 import pathlib
 import sys
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from experiments import plots, records
+from experiments.benchmarks import network
 
 
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a marker of its own.
@@ -18,6 +21,13 @@ _WIRE_STYLES = {
     "block": ("EF21-Muon, gather, blocks up", "#D55E00", "s"),
     "rank15_natural": ("EF21-Muon, gather, Rank15% + Natural up", "#0072B2", "^"),
     "sharded": ("EF21-Muon, sharded, blocks up and down", "#009E73", "D"),
+}
+_CAPPED_STYLES = {
+    "gather": ("EF21-Muon, gather", "#D55E00", "s"),
+    "sharded": ("EF21-Muon, sharded", "#009E73", "D"),
+    "dense_muon": ("Muon (Gluon), dense all-reduce", "#000000", "o"),
+    "dense_adamw": ("AdamW, dense all-reduce", "#999999", "v"),
+    "powersgd": ("PyTorch DDP, PowerSGD and AdamW", "#CC79A7", "^"),
 }
 
 
@@ -51,6 +61,45 @@ def wire_bytes(path):
     return plots.save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
+def capped_network(path):
+    """Loss against seconds at the first rate, and seconds of a step against rates; its path."""
+    record = records.read_json(path)
+    config = record["header"]["config"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rates = {rate: network.rate_bits(rate) for rate in config["rates"]}
+    for row in record["rows"]:
+        method = row["method"]
+        label, color, marker = _CAPPED_STYLES[method]
+        style = {"color": color, "marker": marker, "markersize": 4}
+        own = [step["seconds"] for step in record["steps"] if step["method"] == method]
+        clock = [0.0, *itertools.accumulate(own)]
+        evaluated = [e for e in record["losses"] if e["method"] == method and e["step"]]
+        times = [clock[e["step"]] for e in evaluated]
+        left.plot(times, [e["loss"] for e in evaluated], label=label, linewidth=1.4, **style)
+        medians = [row["seconds"][rate] for rate in rates]
+        right.plot([bits / 1e6 for bits in rates.values()], medians, linestyle="", **style)
+        if record["fit"]:
+            compute = record["fit"]["compute_seconds"][method]
+            bits = record["fit"]["factor"] * record["fit"]["bits"][method]
+            grid = np.geomspace(min(rates.values()) / 3, 10 * max(rates.values()), 100)
+            right.plot(grid / 1e6, compute + bits / grid, color=color, linewidth=1)
+    left.axhline(record["target_loss"], color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+    left.set_xlabel(f"seconds at {config['rates'][0]}")
+    left.set_ylabel("held-out loss (nats per token)")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    right.set_xlabel("bandwidth of each link and direction (Mbit/s)")
+    right.set_ylabel("seconds of a step (marks: measured)")
+    for axis in (left, right):
+        axis.grid(color="0.92", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return plots.save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
 def _workers_axis(axis, workers):
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(workers))
@@ -64,5 +113,5 @@ def _workers_axis(axis, workers):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.benchmarks.pictures RECORD")
-    draw = {"wire_bytes": wire_bytes}
+    draw = {"capped_network": capped_network, "wire_bytes": wire_bytes}
     print(draw[pathlib.Path(sys.argv[1]).stem](sys.argv[1]))

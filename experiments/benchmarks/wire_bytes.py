@@ -5,7 +5,7 @@ GPT. Between two readings of the counters lie some steps of all workers and noth
 same pause without steps sends is taken off.
 
 An interface counts Ethernet frames, the ledger what is in them. So 66 bytes a packet are taken off
-for the headers: Ethernet 14, IPv4 20, TCP with time stamps 32. (An acknowledgement is nothing else.)
+for headers: Ethernet 14, IPv4 20, TCP with time stamps 32. (An acknowledgement is nothing else.)
 What is left over the ledger is the collectives' own. `counter_over_ledger` is that ratio where it
 is furthest from 1, of all workers and methods; `frames_over_ledger` is that of the bytes as they
 were counted. Between namespaces a packet may have up to 64 kB. On a cable, with frames of 1500
@@ -53,8 +53,8 @@ class Config(timing.Config):
     turns: int = 4  # steps between two readings
     workers: tuple[int, ...] = (2, 4, 8)
     methods: tuple[MethodName, ...] = tuple(LABELS)
-    layers: int = 4  # of the GPT
-    width: int = 256  # of the GPT, a multiple of 8
+    layers: int = 8  # of the GPT
+    width: int = 192  # of the GPT, a multiple of 8
     seed: int = 0
 
 
