@@ -99,9 +99,10 @@ def _fail(*error):
     os._exit(1)
 
 
-def worker_mesh(axis_name: str = "workers") -> Mesh:
-    """All devices of all processes in one axis."""
-    return jax.make_mesh((jax.device_count(),), (axis_name,), axis_types=(AxisType.Auto,))
+def worker_mesh(devices: int | None = None, axis_name: str = "workers") -> Mesh:
+    """So many devices, or all of all processes, in one axis."""
+    found = jax.devices()[:devices]
+    return jax.make_mesh((len(found),), (axis_name,), axis_types=(AxisType.Auto,), devices=found)
 
 
 def wait_for_all(mesh: Mesh) -> None:

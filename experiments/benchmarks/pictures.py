@@ -22,6 +22,11 @@ _WIRE_STYLES = {
     "rank15_natural": ("EF21-Muon, gather, Rank15% + Natural up", "#0072B2", "^"),
     "sharded": ("EF21-Muon, sharded, blocks up and down", "#009E73", "D"),
 }
+_SCALING_STYLES = {
+    "dense": ("Gluon, dense all-reduce", "#000000", "o"),
+    "gather": ("EF21-Muon, gather", "#D55E00", "s"),
+    "sharded": ("EF21-Muon, sharded, both ways", "#009E73", "D"),
+}
 _CAPPED_STYLES = {
     "gather": ("EF21-Muon, gather", "#D55E00", "s"),
     "sharded": ("EF21-Muon, sharded", "#009E73", "D"),
@@ -100,6 +105,30 @@ def capped_network(path):
     return plots.save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
+def scaling(path):
+    """Bytes sent and seconds of a step against workers; returns the picture's path."""
+    rows = records.read_json(path)["rows"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        label, color, marker = _SCALING_STYLES[method]
+        style = {"color": color, "marker": marker, "linewidth": 1.4}
+        own = [row for row in rows if row["method"] == method]
+        several = [row for row in own if row["bytes"]]  # one worker alone sends nothing
+        sizes = [row["bytes"] / 1e6 for row in several]
+        left.plot([row["workers"] for row in several], sizes, label=label, **style)
+        right.plot([row["workers"] for row in own], [row["seconds"] for row in own], **style)
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    left.set_ylabel("sent by a worker in a step (MB)")
+    right.set_ylabel("seconds of an optimizer step, on the same cores")
+    for axis in (left, right):
+        _workers_axis(axis, sorted({row["workers"] for row in rows}))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return plots.save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
 def _workers_axis(axis, workers):
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(workers))
@@ -113,5 +142,5 @@ def _workers_axis(axis, workers):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.benchmarks.pictures RECORD")
-    draw = {"capped_network": capped_network, "wire_bytes": wire_bytes}
+    draw = {"capped_network": capped_network, "scaling": scaling, "wire_bytes": wire_bytes}
     print(draw[pathlib.Path(sys.argv[1]).stem](sys.argv[1]))

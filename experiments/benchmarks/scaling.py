@@ -1,0 +1,153 @@
+"""How bytes and seconds of an optimizer step grow with the workers, for each way to communicate.
+
+Dense: uncompressed gradients are all-reduced and every worker takes the server's step. Gather:
+every worker has all compressed messages, and takes that step too. Sharded: every worker is the
+server of its share of the layers, and both ways are compressed. Bytes are those that a worker
+sends, by the ledger. Seconds are of an optimizer step on the layers of a GPT, gradients given, on
+devices that share this machine's processor cores: n times the work takes n times as long, where n
+machines would share it.
+
+    python -m experiments.benchmarks.scaling
+    python -m experiments.benchmarks.scaling --workers 2 4 --json scaling.json
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+
+import ef21_jax as ef21
+from experiments import cluster
+from experiments.benchmarks import pictures, timing
+from experiments.benchmarks.step import parameter_shapes, random_tree
+from experiments.models import gpt
+
+
+MODULE = "experiments.benchmarks.scaling"
+LEARNING_RATE = 1e-4
+MethodName = Literal["dense", "gather", "sharded"]
+METHODS = ("dense", "gather", "sharded")
+UPLINK = ef21.BlockTopK() >> ef21.BlockNatural()
+DOWNLINK = ef21.BlockNatural()
+MOST_WORKERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(timing.Config):
+    turns: int = 3  # each of them times everything once
+    workers: tuple[int, ...] = (1, 2, 4, MOST_WORKERS)
+    methods: tuple[MethodName, ...] = METHODS
+    layers: int = 8  # of the GPT
+    width: int = 192  # of the GPT, a multiple of 8
+    seed: int = 0  # of parameters and gradients
+
+
+def main(args=None):
+    with contextlib.suppress(RuntimeError):  # where JAX runs already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", MOST_WORKERS)
+    config = timing.configure(Config, MODULE, __doc__, args)
+    if max(config.workers) > jax.device_count():
+        sys.exit(f"There are {jax.device_count()} devices for {max(config.workers)} workers.")
+    model = gpt.GPTConfig(
+        vocab_size=256, layers=config.layers, heads=4, width=config.width, hidden=4 * config.width
+    )
+    shapes = parameter_shapes(model)
+    params = random_tree(shapes, config.seed, 0.02)
+    gradients = random_tree(shapes, config.seed + 1, 1.0)
+    rows, seconds = [], {}
+    for workers in config.workers:  # one number at a time, for memory's sake
+        calls = {method: Step(method, params, gradients, workers) for method in config.methods}
+        seconds[workers] = timing.interleaved(calls, config)
+        for method in config.methods:
+            tx = optimizer(method, workers)
+            sent = ef21.ledger.traffic(tx, shapes, workers).sent
+            median = statistics.median(seconds[workers][method])
+            rows.append({"method": method, "workers": workers, "bytes": sent, "seconds": median})
+    report(config, args, rows, seconds)
+
+
+def optimizer(method, workers):
+    if method == "dense":
+        return ef21.gluon(LEARNING_RATE, axis_name="workers")
+    if method == "gather":
+        return ef21.ef21_muon(LEARNING_RATE, uplink=UPLINK, axis_name="workers")
+    return ef21.ef21_muon(
+        LEARNING_RATE,
+        uplink=UPLINK,
+        downlink=DOWNLINK,
+        topology=ef21.Sharded(workers),
+        axis_name="workers",
+    )
+
+
+class Step:
+    """A compiled optimizer step on n devices, which goes on from where its last call has stopped.
+
+    The gradients change their sign from call to call: under one that stays, EF21 would soon have
+    nothing more to send.
+    """
+
+    def __init__(self, method, params, gradients, workers):
+        tx = optimizer(method, workers)
+        mesh = cluster.worker_mesh(workers)
+
+        def worker_step(params, state, batch):
+            sign, gradients = batch
+            gradients = jax.tree.map(lambda leaf: sign * leaf, gradients)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, None
+
+        self.carry = cluster.create(
+            lambda: (params, ef21.replicate(tx.init(params), workers)), mesh
+        )
+        repeated = jax.tree.map(lambda leaf: np.stack([leaf] * workers), gradients)
+        self.gradients = cluster.global_batch(repeated, mesh)
+        self.signs = [
+            cluster.global_batch(np.full(workers, sign, np.float32), mesh) for sign in (1, -1)
+        ]
+        step = jax.jit(ef21.spmd(worker_step, mesh=mesh), donate_argnums=(0, 1))
+        self.step = step.lower(*self.carry, (self.signs[0], self.gradients)).compile()
+
+    def __call__(self):
+        self.signs.reverse()
+        *self.carry, _ = self.step(*self.carry, (self.signs[0], self.gradients))
+        return self.carry
+
+
+def report(config, args, rows, seconds):
+    cells = [
+        (
+            f"{row['workers']} {row['method']}",
+            f"{row['bytes'] / 1e6:.3f}",
+            f"{1e3 * row['seconds']:.1f}",
+        )
+        for row in rows
+    ]
+    print(timing.table(("workers, method", "MB sent", "ms a step"), cells))
+    sent = {(row["method"], row["workers"]): row["bytes"] for row in rows}
+    several = [n for n in config.workers if n > 1]
+    figures = {}
+    if several and {"sharded", "dense"} <= set(config.methods):
+        n = max(several)
+        figures["sharded_over_dense_both_ways"] = sent["sharded", n] / sent["dense", n]
+        figures[f"sharded_over_dense_seconds_n{n}"] = timing.ratio(
+            seconds[n]["sharded"], seconds[n]["dense"]
+        )
+    if len(several) > 1:
+        least, most = min(several), max(several)
+        for method in config.methods:
+            name = "bytes" if method == "sharded" else f"{method}_bytes"
+            growth = sent[method, most] / sent[method, least]
+            figures[f"{name}_n{most}_over_n{least}"] = growth
+    timing.finish(config, MODULE, args, figures, rows=rows)
+    if config.json is not None:
+        print(f"Wrote {config.json} and {pictures.scaling(config.json)}")
+
+
+if __name__ == "__main__":
+    main()
