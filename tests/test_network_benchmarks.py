@@ -7,10 +7,12 @@ be none. No time is ever asserted.
 import dataclasses
 import json
 import math
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 
@@ -204,7 +206,7 @@ LOSSES = {
 @pytest.fixture
 def made_up_run():
     """What `train` returns at four workers, where one of them is late at every step."""
-    config = capped_network.Config(turns=10, more_turns=2, methods=tuple(MADE_UP))
+    config = capped_network.Config(turns=10, more_turns=2)
     found = []
     for worker in range(4):
         steps = []
@@ -268,8 +270,8 @@ def test_one_rate_is_reported_without_a_fit(made_up_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"turns": 12}, "multiple of `eval_every` and more than 5, got 12 and 5"),
-        ({"turns": 5}, "multiple of `eval_every` and more than 5, got 5 and 5"),
+        ({"turns": 12}, "multiple of `eval_every` and more than 6, got 12 and 5"),
+        ({"turns": 5}, "multiple of `eval_every` and more than 6, got 5 and 5"),
         ({"rates": ("fast",)}, "got 'fast'"),
         ({"rates": ()}, "`rates` must name one at least"),
         ({"workers": 0}, "`workers` must be at least 1, got 0"),
@@ -335,17 +337,15 @@ def test_the_report_on_bytes_gives_the_worst_ratios(tmp_path, capsys):
 
 def test_scaling_end_to_end(tmp_path, capsys):
     path = tmp_path / "scaling.json"
-    scaling.main(f"--turns 1 --workers 1 2 4 --layers 4 --width 16 --json {path}".split())
+    scaling.main(f"--turns 1 --workers 2 4 --layers 4 --width 16 --json {path}".split())
     record = json.loads(path.read_text())
     sent = {(row["method"], row["workers"]): row["bytes"] for row in record["rows"]}
     target = record["target"]
-    assert all(sent[method, 1] == 0 for method in scaling.METHODS)
     # 2 (n − 1) / n of the gradient: 4 layers of 12 · 16² entries, and 256 · 16.
     assert sent["dense", 4] == 1.5 * 4 * (4 * 12 * 16**2 + 256 * 16)
-    # A message goes to n − 1 others.
+    # A message goes to n − 1 others; shares of messages and of answers are (n − 1) / n.
     assert target["gather_bytes_n4_over_n2"] == pytest.approx(3.0)
-    # Shares of messages and of answers are (n − 1) / n; but the embedding is gathered.
-    assert 1.5 <= target["bytes_n4_over_n2"] < 2.0
+    assert target["bytes_n4_over_n2"] == pytest.approx(1.5, abs=0.05)
     assert target["sharded_over_dense_both_ways"] == sent["sharded", 4] / sent["dense", 4] < 0.2
     assert all(row["seconds"] > 0 for row in record["rows"])
     printed = capsys.readouterr().out
@@ -366,7 +366,7 @@ def tiny_model():
     config = gpt.PRESETS["tiny"]
     rng = np.random.default_rng(0)
     tokens = rng.integers(256, size=(3, 17)).astype(np.int32)
-    params = gpt.GPT(config).init(jax.random.key(0), tokens[:, :-1])["params"]
+    params = jax.jit(gpt.GPT(config).init)(jax.random.key(0), tokens[:, :-1])["params"]
     noisy = jax.tree.map(
         lambda leaf: leaf + 0.05 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params
     )
@@ -381,7 +381,7 @@ def test_the_gpt_in_torch_is_that_in_flax_with_its_gradient(tiny_model):
         logits = gpt.GPT(config).apply({"params": params}, tokens[:, :-1])
         return gpt.next_token_loss(logits, tokens[:, 1:])
 
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     model = torch_gpt.GPT(config, params)
     twin = torch_gpt.next_token_loss(model, torch.tensor(tokens, dtype=torch.int64))
     twin.backward()
@@ -390,3 +390,104 @@ def test_the_gpt_in_torch_is_that_in_flax_with_its_gradient(tiny_model):
     assert set(gradient) == set(model.weights)
     for name, weight in model.weights.items():
         np.testing.assert_allclose(weight.grad, gradient[name], atol=1e-5, err_msg=name)
+
+
+def test_before_its_hook_begins_powersgd_takes_the_steps_of_adamw(
+    tiny_model, tmp_path, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+    config, params, tokens = tiny_model
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+    def share(step):
+        return 1.0 / (1.0 + step)
+
+    trained = torch_gpt.PowerSGD(
+        config,
+        params,
+        rank=2,
+        learning_rate=1e-2,
+        share=share,
+        store=f"file://{tmp_path}/store",
+        worker=0,
+        workers=1,
+    )
+    try:
+        for _ in range(2):
+            trained.step(tokens)
+        names = trained.model.weights
+        after_two = {name: weight.detach().clone().numpy() for name, weight in names.items()}
+        before = trained.loss(tokens)
+        for _ in range(3):
+            trained.step(tokens)
+        assert trained.loss(tokens) < before
+    finally:
+        torch.distributed.destroy_process_group()
+
+    tx = optax.adamw(lambda step: 1e-2 * share(step), weight_decay=0.0)
+
+    def loss(params):
+        logits = gpt.GPT(config).apply({"params": params}, tokens[:, :-1])
+        return gpt.next_token_loss(logits, tokens[:, 1:])
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = step(params, state)
+    for name, leaf in torch_gpt.flatten(params).items():
+        np.testing.assert_allclose(after_two[name], leaf, atol=2e-5, err_msg=name)
+
+
+def namespaces():
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    return listed.stdout.split("\n")
+
+
+@pytest.fixture
+def needs_namespaces():
+    """Skips where there can be none; sees that none are left."""
+    try:
+        with network.network(1):
+            pass
+    except OSError as error:
+        pytest.skip(str(error))
+    before = namespaces()
+    yield
+    assert namespaces() == before
+
+
+@pytest.mark.slow
+def test_the_counters_of_real_interfaces_agree_with_the_ledger(needs_namespaces, tmp_path):
+    path = tmp_path / "wire_bytes.json"
+    args = f"--workers 2 --methods dense sharded --turns 2 --layers 2 --width 128 --json {path}"
+    wire_bytes.main(args.split())
+    assert 0.99 < json.loads(path.read_text())["target"]["counter_over_ledger"] < 1.01
+
+
+@pytest.mark.slow
+def test_a_capped_network_end_to_end(needs_namespaces, tmp_path):
+    path = tmp_path / "capped_network.json"
+    args = "--workers 2 --layers 2 --width 64 --turns 10 --more-turns 2 --rates 20mbit 200mbit"
+    capped_network.main(f"{args} --json {path}".split())
+    record = json.loads(path.read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    # 2 (n − 1) / n of 114,688 parameters, and headers: frames of 1500 bytes are 4.6 % more.
+    dense = 4 * (2 * 12 * 64**2 + 256 * 64)
+    assert 1.0 < rows["dense_adamw"]["bytes"]["20mbit"] / dense < 1.1
+    # No faster than the link, but for what its bucket had saved up.
+    assert rows["dense_adamw"]["seconds"]["20mbit"] > (dense - 2 * 65_536) * 8 / 20e6
+    assert set(rows) >= {"gather", "sharded", "dense_muon", "dense_adamw"}
+    assert all(row["loss"] < 5.0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_when_a_worker_fails_the_call_does_and_nothing_is_left(needs_namespaces, capfd):
+    with pytest.raises(RuntimeError, match="failed with exit code 1"):
+        with network.network(2) as built:
+            built.call("math:no_such_function", timeout=60)
+    assert "no_such_function" in capfd.readouterr().out

@@ -20,6 +20,7 @@ Needs Linux, root and iproute2.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -50,13 +51,17 @@ MethodName = Literal["gather", "sharded", "dense_muon", "dense_adamw", "powersgd
 METHODS = ("gather", "sharded", "dense_muon", "dense_adamw", "powersgd")
 OURS = ("gather", "sharded")
 UNCOMPRESSED = ("dense_muon", "dense_adamw")
-SKIPPED = 5  # steps before those that count: PowerSGD sends its first gradients whole, and settles
+SKIPPED = 6  # steps before those that count: PowerSGD sends its first gradients whole, and settles
 TIMEOUT = 3600  # seconds
+FOR_TORCH = {
+    "GLOO_SOCKET_IFNAME": network.INTERFACE,
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that addresses have no names
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
-    turns: int = 30  # steps of the training
+    turns: int = 20  # steps of the training
     more_turns: int = 6  # steps at each further rate
     rates: tuple[str, ...] = ("100mbit", "1gbit")  # of each link and direction, as `tc` writes them
     methods: tuple[MethodName, ...] = METHODS
@@ -109,7 +114,7 @@ def main(args=None):
                 f"{MODULE}:train",
                 settings,
                 dataclasses.astuple(built),
-                environment={"GLOO_SOCKET_IFNAME": network.INTERFACE},  # for torch
+                environment=FOR_TORCH,
                 timeout=TIMEOUT,
             )
     except (OSError, RuntimeError, ValueError) as error:
@@ -126,7 +131,6 @@ def train(settings, built):
     built = network.Network(built[0], tuple(built[1]))
     mesh, own = cluster.worker_mesh(), jax.process_index()
     corpus = text.load()
-    shards = text.shards(corpus, config.workers, config.length)
     held_out = np.asarray(text.held_out_batch(corpus, config.eval_sequences, config.length))
     params = jax.jit(gpt.GPT(config.model()).init)(jax.random.key(config.seed), held_out[:1, :-1])
     params = jax.tree.map(np.asarray, params["params"])
@@ -135,6 +139,14 @@ def train(settings, built):
         for method in config.methods
     }
 
+    draw = functools.partial(
+        text.training_batch,
+        text.shards(corpus, config.workers, config.length)[own],
+        own,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        length=config.length,
+    )
     steps, losses = [], []
 
     def evaluate(step):
@@ -147,10 +159,7 @@ def train(settings, built):
         cluster.wait_for_all(mesh)
         if own == 0 and (step == 0 or rate != plan(config)[step - 1]):
             built.cap(rate)
-        batch = text.training_batch(
-            shards, step, seed=config.seed, batch_size=config.batch_size, length=config.length
-        )
-        batch = np.asarray(batch[own])
+        batch = np.asarray(draw(step))
         for method, one in contestants.items():
             cluster.wait_for_all(mesh)
             before, begin = network.own_counters(), time.perf_counter()

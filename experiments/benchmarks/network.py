@@ -192,8 +192,7 @@ def _build(built):
         _set(name, f"/sys/class/net/{INTERFACE}/queues/rx-0/rps_cpus", "1")
         _set(name, "/proc/sys/net/ipv4/tcp_congestion_control", "cubic")
         # JAX's collectives listen on the address of this machine's name.
-        others = "".join(f"{other} worker{j}\n" for j, other in enumerate(built.addresses))
-        hosts = f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n{others}"
+        hosts = f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n"
         (_HOSTS / name).mkdir(parents=True)
         (_HOSTS / name / "hosts").write_text(hosts)
 

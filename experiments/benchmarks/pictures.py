@@ -3,7 +3,6 @@
 python -m experiments.benchmarks.pictures experiments/results/benchmarks/wire_bytes.json
 """
 
-import itertools
 import pathlib
 import sys
 
@@ -67,7 +66,10 @@ def wire_bytes(path):
 
 
 def capped_network(path):
-    """Loss against seconds at the first rate, and seconds of a step against rates; its path."""
+    """Loss against seconds at the first rate, and seconds of a step against rates; its path.
+
+    The loss stands at the number of steps times the median of their seconds.
+    """
     record = records.read_json(path)
     config = record["header"]["config"]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -77,10 +79,8 @@ def capped_network(path):
         method = row["method"]
         label, color, marker = _CAPPED_STYLES[method]
         style = {"color": color, "marker": marker, "markersize": 4}
-        own = [step["seconds"] for step in record["steps"] if step["method"] == method]
-        clock = [0.0, *itertools.accumulate(own)]
         evaluated = [e for e in record["losses"] if e["method"] == method and e["step"]]
-        times = [clock[e["step"]] for e in evaluated]
+        times = [e["step"] * row["seconds"][config["rates"][0]] for e in evaluated]
         left.plot(times, [e["loss"] for e in evaluated], label=label, linewidth=1.4, **style)
         medians = [row["seconds"][rate] for rate in rates]
         right.plot([bits / 1e6 for bits in rates.values()], medians, linestyle="", **style)
@@ -122,7 +122,7 @@ def scaling(path):
     right.set_ylim(bottom=0)
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     left.set_ylabel("sent by a worker in a step (MB)")
-    right.set_ylabel("seconds of an optimizer step, on the same cores")
+    right.set_ylabel("seconds of an optimizer step")
     for axis in (left, right):
         _workers_axis(axis, sorted({row["workers"] for row in rows}))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -2,10 +2,10 @@
 
 Dense: uncompressed gradients are all-reduced and every worker takes the server's step. Gather:
 every worker has all compressed messages, and takes that step too. Sharded: every worker is the
-server of its share of the layers, and both ways are compressed. Bytes are those that a worker
-sends, by the ledger. Seconds are of an optimizer step on the layers of a GPT, gradients given, on
-devices that share this machine's processor cores: n times the work takes n times as long, where n
-machines would share it.
+server of its share of the layers, and both ways are compressed. Bytes are what the collectives of
+the compiled program have a worker send, held against the ledger. Seconds are of an optimizer step
+on the layers of a GPT, gradients given, on devices that share this machine's processor cores. So
+work that every worker repeats takes n times as long here, which on n machines it would not.
 
     python -m experiments.benchmarks.scaling
     python -m experiments.benchmarks.scaling --workers 2 4 --json scaling.json
@@ -64,8 +64,7 @@ def main(args=None):
         calls = {method: Step(method, params, gradients, workers) for method in config.methods}
         seconds[workers] = timing.interleaved(calls, config)
         for method in config.methods:
-            tx = optimizer(method, workers)
-            sent = ef21.ledger.traffic(tx, shapes, workers).sent
+            sent = calls[method].sent(shapes)
             median = statistics.median(seconds[workers][method])
             rows.append({"method": method, "workers": workers, "bytes": sent, "seconds": median})
     report(config, args, rows, seconds)
@@ -93,8 +92,8 @@ class Step:
     """
 
     def __init__(self, method, params, gradients, workers):
-        tx = optimizer(method, workers)
-        mesh = cluster.worker_mesh(workers)
+        self.tx = tx = optimizer(method, workers)
+        self.mesh = mesh = cluster.worker_mesh(workers)
 
         def worker_step(params, state, batch):
             sign, gradients = batch
@@ -112,6 +111,10 @@ class Step:
         ]
         step = jax.jit(ef21.spmd(worker_step, mesh=mesh), donate_argnums=(0, 1))
         self.step = step.lower(*self.carry, (self.signs[0], self.gradients)).compile()
+
+    def sent(self, params):
+        """Bytes that a worker sends; an error where they are more than the ledger's."""
+        return ef21.ledger.audit(self.step, self.tx, params, mesh=self.mesh).sent_per_worker
 
     def __call__(self):
         self.signs.reverse()
