@@ -17,8 +17,15 @@ from experiments import cluster, launch
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("topology", process_job.TOPOLOGIES)
-@pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("which", "topology"),
+    [
+        ("few", "sharded"),
+        pytest.param("few", "gather", marks=pytest.mark.slow),
+        pytest.param("all", "sharded", marks=pytest.mark.slow),
+        pytest.param("all", "gather", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_take_the_steps_of_two_lanes(which, topology, tmp_path):
     out = tmp_path / "path"
     job = ["-m", "tests.process_job", topology, which, str(out)]

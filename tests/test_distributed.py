@@ -170,6 +170,7 @@ def test_the_compiled_program_sends_the_bytes_of_the_ledger_and_nothing_else(upl
     assert sent(compiled, uplink == ef21.Identity() or uplink.shared) == expected
 
 
+@pytest.mark.slow  # UPLINKS has a compressor for every way to travel
 def test_every_compressors_message_travels_as_the_ledger_says(optimized):
     # One leaf, and one compressor, of each kind: a single program holds them all.
     shared = (ef21.RandK(0.25, shared=True), ef21.RandomSubspace(0.25, shared=True))

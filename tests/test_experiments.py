@@ -278,6 +278,7 @@ def four(tmp_path, monkeypatch):
     return [*args, "--downlink", "natural", "--topology", "sharded", "--out", str(out)], out
 
 
+@pytest.mark.slow  # test_cluster does so with processes
 def test_workers_on_devices_learn_what_lanes_do(four):
     args, out = four
     losses = []
@@ -350,7 +351,7 @@ def test_savings_are_measured_at_the_loss_of_the_baseline_after_70_percent(quick
 
 
 def test_an_interrupted_job_keeps_what_it_has(quick, tmp_path, monkeypatch, capsys):
-    def interrupted(config, method, corpus):
+    def interrupted(config, method, corpus, mesh):
         yield from itertools.islice(fake_train(config, method, corpus), 3)
         raise KeyboardInterrupt
 

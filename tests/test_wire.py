@@ -68,7 +68,7 @@ def brought(found):
     return kinds
 
 
-@pytest.mark.slow  # of all that is gathered, test_distributed has a program
+@pytest.mark.slow  # test_distributed has a program of all that is gathered
 def test_every_compressors_bytes_travel_both_ways_as_the_ledger_says(optimized):
     # Two leaves, that are dealt out, and one compressor, of each kind: one program holds them all.
     shared = (ef21.RandK(0.25, shared=True), ef21.RandomSubspace(0.25, shared=True))
