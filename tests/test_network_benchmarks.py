@@ -178,7 +178,11 @@ def test_where_a_method_is_the_faster_one_is_said(saved, dearer, words):
 
 @pytest.mark.parametrize(
     ("mine", "words"),
-    [(0.5, "pays, 4.00 times."), (4.0, "does not pay, 2.00 times the seconds.")],
+    [
+        (0.5, "compression pays, 4.00 times."),
+        (4.0, "compression does not pay, 2.00 times the seconds."),
+        (2.01, "compression makes no difference."),
+    ],
 )
 def test_whether_compression_pays_is_said_in_words(mine, words):
     said = bandwidth.verdict("1gbit", "gather", "dense", {"gather": mine, "dense": 2.0})

@@ -9,6 +9,9 @@ import math
 import numpy as np
 
 
+NO_DIFFERENCE = 0.03  # of the seconds
+
+
 def fit(observations):
     """Least squares of that line.
 
@@ -58,7 +61,9 @@ def named(bandwidth):
 def verdict(rate, ours, theirs, seconds):
     """Whether it pays, at this rate, to send less, from the seconds of a step of each method."""
     mine, other = seconds[ours], seconds[theirs]
-    if mine < other:
+    if abs(other / mine - 1) < NO_DIFFERENCE:
+        outcome = "compression makes no difference"
+    elif mine < other:
         outcome = f"compression pays, {other / mine:.2f} times"
     else:
         outcome = f"compression does not pay, {mine / other:.2f} times the seconds"

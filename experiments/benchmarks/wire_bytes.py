@@ -36,12 +36,7 @@ from experiments.models import gpt
 
 MODULE = "experiments.benchmarks.wire_bytes"
 MethodName = Literal["dense", "block", "rank15_natural", "sharded"]
-LABELS = {
-    "dense": "Gluon, all-reduce",
-    "block": "BlockTopK >> BlockNatural, gather",
-    "rank15_natural": "Rank15% + Natural, gather",
-    "sharded": "BlockTopK >> BlockNatural, BlockNatural down, sharded",
-}
+METHODS = ("dense", "block", "rank15_natural", "sharded")
 LEARNING_RATE = 1e-3
 LENGTH = 32  # tokens of the one sequence that a worker has in a step
 PAUSE = 0.2  # seconds before a reading, for what is still under way
@@ -52,7 +47,7 @@ TIMEOUT = 1800  # seconds
 class Config(timing.Config):
     turns: int = 4  # steps between two readings
     workers: tuple[int, ...] = (2, 4, 8)
-    methods: tuple[MethodName, ...] = tuple(LABELS)
+    methods: tuple[MethodName, ...] = METHODS
     layers: int = 8  # of the GPT
     width: int = 192  # of the GPT, a multiple of 8
     seed: int = 0
