@@ -57,6 +57,7 @@ def muon(topology, pair=PAIR, axis_name="workers", **kwargs):
         uplink=up,
         downlink=down,
         rules=RULES,
+        weight_decay=0.5,  # so that the step depends on the parameters too
         axis_name=axis_name,
         topology=topology,
         **kwargs,
