@@ -106,6 +106,7 @@ from ._routing import (
     constant as constant,
     moonlight_scale as moonlight_scale,
     muon_scale as muon_scale,
+    norms_by as norms_by,
     one_over_fan_in as one_over_fan_in,
     one_over_fan_out as one_over_fan_out,
     routes as routes,

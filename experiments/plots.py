@@ -3,7 +3,7 @@
 To draw them again:
 
     python -m experiments.plots results/nanogpt/nanogpt.jsonl
-    python -m experiments.plots experiments/results/nanogpt_sweep.json
+    python -m experiments.plots experiments/results/nanogpt_sweep.jsonl
     python -m experiments.plots experiments/results/rates.jsonl
 """
 
@@ -25,6 +25,8 @@ _STYLES = {
     "rank15_natural": ("EF21-Muon, Rank15% + Natural", "#D55E00", "s"),
     "top15_natural": ("EF21-Muon, Top15% + Natural", "#0072B2", "^"),
 }
+_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+_MARKERS = "Dvx*P<>hX+"
 _BASELINE = "uncompressed"
 _TARGET_SHARE = 0.7  # the loss to reach is the baseline's at this share of its steps
 
@@ -59,12 +61,12 @@ def nanogpt_picture(path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for method, run in runs.items():
-        label, color, marker = _STYLES[method]
-        style = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
+        label, color, marker = style(method, runs)
+        how = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
         losses = [record["loss_x"] for record in run]
-        left.plot([record["tokens"] / 1e6 for record in run], losses, label=label, **style)
+        left.plot([record["tokens"] / 1e6 for record in run], losses, label=label, **how)
         # Nothing is sent before the first step, which a logarithm cannot show.
-        right.plot([record["bytes_up"] / 1e6 for record in run[1:]], losses[1:], **style)
+        right.plot([record["bytes_up"] / 1e6 for record in run[1:]], losses[1:], **how)
     if target is not None:
         for axis in (left, right):
             axis.axhline(target["loss_x"], color="0.6", linewidth=0.8, linestyle="--", zorder=0)
@@ -84,17 +86,17 @@ def nanogpt_picture(path):
 
 def sweep_picture(path):
     """Final test loss against the learning rate, a curve a method; returns the picture's path."""
-    cells = records.read_json(path)["cells"]
+    _, cells = records.read_lines(path)
     figure = Figure(figsize=(5.5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for method, (label, color, marker) in _STYLES.items():
-        own = sorted(
-            (cell["lr_multiplier"], cell["loss_x"]) for cell in cells if cell["method"] == method
-        )
-        if own:
-            axis.plot(*zip(*own, strict=True), color=color, marker=marker, label=label)
-            best = min(own, key=lambda point: point[1])
-            axis.plot(*best, marker=marker, color=color, markersize=12, fillstyle="none")
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    for method in methods:
+        label, color, marker = style(method, methods)
+        losses = mean_losses([cell for cell in cells if cell["method"] == method])
+        own = sorted(losses.items())
+        axis.plot(*zip(*own, strict=True), color=color, marker=marker, label=label)
+        best = min(own, key=lambda point: point[1])
+        axis.plot(*best, marker=marker, color=color, markersize=12, fillstyle="none")
     axis.set_xscale("log")
     ticks = sorted({cell["lr_multiplier"] for cell in cells})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -105,6 +107,14 @@ def sweep_picture(path):
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", frameon=False)
     return save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
+def mean_losses(cells):
+    """Learning-rate multiplier -> final test loss of X, mean over the seeds."""
+    losses = {}
+    for cell in cells:
+        losses.setdefault(cell["lr_multiplier"], []).append(cell["loss_x"])
+    return {multiplier: sum(found) / len(found) for multiplier, found in losses.items()}
 
 
 def rates_picture(path):
@@ -149,6 +159,14 @@ def rates_picture(path):
     return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
+def style(method, methods):
+    """Label, colour and marker: those of the main job, or others in the order of `methods`."""
+    if method in _STYLES:
+        return _STYLES[method]
+    i = [other for other in methods if other not in _STYLES].index(method)
+    return method, _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+
+
 def _read(path):
     """Records by method, and the target: the baseline's first at or after 70 % of the steps."""
     header, lines = records.read_lines(path)
@@ -190,7 +208,7 @@ def _mark_target(axis, runs, target):
             xytext=(-8, -14 * line),
             textcoords="offset points",
             horizontalalignment="right",
-            color=_STYLES[method][1],
+            color=style(method, runs)[1],
         )
 
 
@@ -229,10 +247,6 @@ def save(figure, path):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.plots RECORD")
-    if not sys.argv[1].endswith(".jsonl"):
-        draw = sweep_picture
-    elif "row" in records.read_lines(sys.argv[1])[1][0]:
-        draw = rates_picture
-    else:
-        draw = nanogpt_picture
-    print(draw(sys.argv[1]))
+    first = records.read_lines(sys.argv[1])[1][0]
+    kinds = {"row": rates_picture, "lr_multiplier": sweep_picture, "tokens": nanogpt_picture}
+    print(next(draw for key, draw in kinds.items() if key in first)(sys.argv[1]))

@@ -1,102 +1,205 @@
-"""Finds each method's learning rate: a grid from the base rate down to a tenth, as in the paper.
+"""Trains GPTs over a grid of recipes, learning rates and seeds, and keeps one line a run.
 
-Stopped and started again, it goes on where it was: a finished cell is never run twice.
+Stopped and started again, it goes on where it was: a finished run is never run twice, and the
+same record can grow by other grids of the same settings.
 
-    python -m experiments.sweep
-    python -m experiments.sweep --methods top15_natural --multipliers 0.5 0.25
+    python -m experiments.sweep --out results/sweep.jsonl
+    python -m experiments.sweep --methods block16 block8 --seeds 0 1 2 --jobs 2
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
+import multiprocessing
+import os
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import tyro
+import tqdm
 
-from experiments import nanogpt, plots, records
-from experiments.data import text
+from experiments import plots, presets, records, training
+from experiments.checkpoints import Checkpoints
+from experiments.data import corpora
+
+
+KEYS = ("method", "lr_multiplier", "seed", "steps")  # that tell runs of a record apart
+_CURVES = ("step", "loss_w", "loss_x")  # kept of every evaluation, and of the last one all else
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    methods: tuple[nanogpt.MethodName, ...] = nanogpt.Config.methods
+class Config(training.Settings):
+    methods: tuple[training.RecipeName, ...] = ("uncompressed", "rank15_natural", "top15_natural")
     multipliers: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # of the base learning rate
-    steps: int = nanogpt.Config.steps  # of each run
-    eval_every: int = nanogpt.Config.eval_every  # steps of one jitted call
-    model: str = nanogpt.Config.model
-    seed: int = 0
-    text: str | None = None  # a text file; None: the sources of Python's standard library
-    out: str = "experiments/results/nanogpt_sweep.json"  # and the same name with .png
+    seeds: tuple[int, ...] = (0,)
+    jobs: int = 1  # runs at a time, each in a process and on a processor core of its own
+    text: str | None = None  # a file of text or tokens, or a folder; None: the standard library
+    checkpoint_every: int | None = None  # steps; a run that is stopped then goes on, not anew
+    out: str = "results/sweep.jsonl"  # and the same name with .png
 
     def __post_init__(self):
+        super().__post_init__()
         bad = [multiplier for multiplier in self.multipliers if not multiplier > 0]
         if bad or not self.multipliers:
             raise ValueError(f"`multipliers` must be positive, got {self.multipliers}.")
+        if self.jobs < 1:
+            raise ValueError(f"`jobs` must be at least 1, got {self.jobs}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a recipe by name, its settings, and where its tokens are."""
+
+    method: str
+    settings: training.Settings
+    text: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        settings = self.settings
+        return self.method, settings.lr_multiplier, settings.seed, settings.steps
 
 
 def main(args=None):
-    config = tyro.cli(Config, args=args, prog="python -m experiments.sweep", description=__doc__)
-    base = nanogpt.Config(
-        steps=config.steps,
-        eval_every=config.eval_every,
-        model=config.model,
-        seed=config.seed,
-        text=config.text,
-    )
-    corpus = text.load(config.text)
+    config = presets.configure(Config, "experiments.sweep", __doc__, args)
     command = records.command_line("experiments.sweep", args)
-    header = records.header(_settings(base), command, text=corpus.describe())
-    sweep = _resume(pathlib.Path(config.out), header)
-    try:
-        for method, multiplier in _missing(config, sweep["cells"]):
-            sweep["cells"].append(_cell(base, method, multiplier, corpus))
-            records.write_json(config.out, sweep)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.")
-    if sweep["cells"]:
-        print(_best(sweep["cells"]))
+    lines = run_all(grid(config), config.out, command, config.jobs, config.checkpoint_every)
+    if lines:
+        print(best(lines))
         print(f"Wrote {config.out} and {plots.sweep_picture(config.out)}")
 
 
-def _cell(base, method, multiplier, corpus):
-    """The last record of one run."""
-    config = dataclasses.replace(base, lr_multiplier=multiplier)
-    print(f"{method}, {multiplier:g} of the base rate")
-    *_, last = nanogpt.with_progress(nanogpt.train(config, method, corpus), config.steps)
-    return {"lr_multiplier": multiplier} | last
+def grid(config: Config) -> list[Run]:
+    """Every recipe with every learning rate and seed."""
+    settings = training.settings_of(config)
+    return [
+        Run(method, dataclasses.replace(settings, lr_multiplier=rate, seed=seed), config.text)
+        for method, rate, seed in itertools.product(
+            config.methods, config.multipliers, config.seeds
+        )
+    ]
 
 
-def _missing(config, cells):
-    done = {(cell["method"], cell["lr_multiplier"]) for cell in cells}
-    grid = [(method, m) for method in config.methods for m in config.multipliers]
-    return [cell for cell in grid if cell not in done]
+def run_all(
+    runs: Iterable[Run],
+    path: str | pathlib.Path,
+    command: str,
+    jobs: int = 1,
+    checkpoint_every: int | None = None,
+) -> list[dict[str, Any]]:
+    """Runs what the record at `path` has not, adds a line for each, and returns all its lines.
+
+    Raises:
+      ValueError: where the record was made with other settings or another text.
+    """
+    path, runs = pathlib.Path(path), list(runs)
+    header = records.header(_shared(runs[0]), command, text=corpora.load(runs[0].text).describe())
+    header, lines = _resume(path, header)
+    for run in runs:
+        if _shared(run) != header["config"]:
+            raise ValueError(f"{run} has other settings than {header['config']}.")
+    done = {tuple(line[key] for key in KEYS) for line in lines}
+    missing = list({run.key: run for run in runs if run.key not in done}.values())
+    folder = path.with_suffix(".checkpoints") if checkpoint_every else None
+    try:
+        with tqdm.tqdm(total=len(missing), unit="run", disable=None) as bar:
+            for line in _results(missing, jobs, folder, checkpoint_every):
+                lines.append(line)
+                records.write_lines(path, [header, *lines])
+                bar.set_postfix_str(_short(line), refresh=False)
+                bar.update()
+                if bar.disable:  # not a terminal
+                    print(_short(line), flush=True)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.")
+    return lines
+
+
+def finish(
+    run: Run, folder: pathlib.Path | None = None, checkpoint_every: int | None = None
+) -> dict[str, Any]:
+    """Trains to the end: the last record, and the losses of all of them as curves."""
+    checkpoints = None
+    if folder is not None:
+        about = {"method": run.method} | dataclasses.asdict(run.settings) | {"text": run.text}
+        name = "_".join(map(str, run.key))
+        checkpoints = Checkpoints(folder / name, about, checkpoint_every)
+    found = list(
+        training.train(run.settings, run.method, corpora.load(run.text), checkpoints=checkpoints)
+    )
+    curves = {name: [_rounded(record[name]) for record in found] for name in _CURVES}
+    own = {"lr_multiplier": run.settings.lr_multiplier, "steps": run.settings.steps}
+    if checkpoints is not None:
+        checkpoints.remove()
+    return found[-1] | own | {"curves": curves}
+
+
+def best(lines: list[dict[str, Any]]) -> str:
+    """The multiple of the base rate with the least loss, for each recipe; means over seeds."""
+    rows = []
+    for method in dict.fromkeys(line["method"] for line in lines):
+        own = [line for line in lines if line["method"] == method]
+        multiplier, loss = min(plots.mean_losses(own).items(), key=lambda item: item[1])
+        rows.append((f"{method}:", f"{multiplier:g}", f"test loss {loss:.4f}"))
+    return "Best multiples of the base rate:\n" + plots.aligned(rows)
+
+
+def _results(runs, jobs, folder, checkpoint_every) -> Iterator[dict[str, Any]]:
+    """The lines of runs, as they finish."""
+    if jobs == 1:
+        for run in runs:
+            yield finish(run, folder, checkpoint_every)
+        return
+    # JAX does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs):
+        cores.put(core)
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _own_core, (cores,)) as pool:
+        tasks = [pool.submit(finish, run, folder, checkpoint_every) for run in runs]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                yield task.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _own_core(cores):
+    """Two runs that share two cores, thread by thread, are slower than two with one each."""
+    os.sched_setaffinity(0, {cores.get()})
 
 
 def _resume(path, header):
-    """What is at `path`, or a new sweep. Cells of other settings must not stand in one table."""
+    """Header and lines of what is at `path`, or the new header and none."""
     if not path.exists():
-        return {"header": header, "cells": []}
-    sweep = records.read_json(path)
+        return header, []
+    found, lines = records.read_lines(path)
     for key in ("config", "text"):
-        if sweep["header"][key] != header[key]:
+        if found[key] != header[key]:
             raise ValueError(
-                f"{str(path)!r} was made with {key} {sweep['header'][key]}, not {header[key]}: "
-                "pass another --out, or move the file away."
+                f"{str(path)!r} was made with {key} {found[key]}, not {header[key]}: pass another "
+                "--out, or move the file away."
             )
-    return sweep
+    return found, lines
 
 
-def _settings(base):
-    """The fields that all cells share."""
-    own = ("methods", "lr_multiplier", "out", "routes")
-    return {key: value for key, value in dataclasses.asdict(base).items() if key not in own}
+def _shared(run):
+    """The settings that all runs of a record have."""
+    fields = dataclasses.asdict(run.settings)
+    return {key: value for key, value in fields.items() if key not in KEYS}
 
 
-def _best(cells):
-    lines = []
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell for cell in cells if cell["method"] == method]
-        best = min(own, key=lambda cell: cell["loss_x"])
-        lines.append(f"{method}: {best['lr_multiplier']:g}, test loss {best['loss_x']:.4f}")
-    return "Best multiples of the base rate:\n" + "\n".join(lines)
+def _short(line):
+    loss, sent = line["loss_x"], line["bytes_up"] / 1e6
+    return (
+        f"{line['method']}, {line['lr_multiplier']:g} of the rate, seed {line['seed']}, "
+        f"{line['steps']} steps: test loss {loss:.4f}, {sent:.2f} MB up"
+    )
+
+
+def _rounded(value):
+    return round(value, 5) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import sysconfig
 
@@ -17,8 +16,19 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("tyro")
 
-from experiments import cluster, nanogpt, plots, records, sweep  # noqa: E402
-from experiments.data import text  # noqa: E402
+import ef21_jax as ef21  # noqa: E402
+from experiments import (  # noqa: E402
+    cluster,
+    nanogpt,
+    plots,
+    presets,
+    recipes,
+    records,
+    sweep,
+    training,
+)
+from experiments.checkpoints import Checkpoints  # noqa: E402
+from experiments.data import corpora, shards, text  # noqa: E402
 from experiments.models import gpt  # noqa: E402
 
 
@@ -138,25 +148,99 @@ def counting(tmp_path):
     """A text of which every four bytes tell their position."""
     path = tmp_path / "counting.txt"
     path.write_bytes(np.arange(3000, dtype=">u4").tobytes())
-    return text.load(path)
+    return corpora.load(path)
 
 
 def batch(corpus, step, **changes):
-    settings = {"seed": 0, "batch_size": 3, "length": 8} | changes
-    shards = enumerate(text.shards(corpus, 4, 8))
-    return np.stack([text.training_batch(s, worker, step, **settings) for worker, s in shards])
+    """(4 workers, size, length + 1)."""
+    settings = {"seed": 0, "size": 3, "length": 8} | changes
+    return corpus.batches(range(step, step + 1), range(4), 4, **settings)[:, 0]
 
 
-def test_a_batch_is_a_function_of_seed_step_and_worker(counting):
-    np.testing.assert_array_equal(batch(counting, 5), batch(counting, 5))
-    others = [batch(counting, 6), batch(counting, 5, seed=1)]
-    assert all(not np.array_equal(batch(counting, 5), other) for other in others)
+@pytest.fixture
+def token_files(tmp_path):
+    """Files of 101 and 75 tokens that tell their position, to train on, and one to test on."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    tokens = np.arange(1000)
+    shards.write(folder / "fineweb_train_000001.bin", tokens[:101])
+    shards.write(folder / "fineweb_train_000002.bin", tokens[200:275])
+    shards.write(folder / "fineweb_val_000000.bin", tokens[500:541])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_a_batch_is_a_function_of_seed_step_and_worker(kind, counting, token_files):
+    corpus = counting if kind == "text" else corpora.load(token_files)
+    settings = {"seed": 0, "size": 2, "length": 3}
+    whole = corpus.batches(range(8), range(4), 4, **settings)
+    assert whole.shape == (4, 8, 2, 4)
+    for steps, workers in ((range(5, 7), range(4)), (range(8), range(2, 3))):
+        part = corpus.batches(steps, workers, 4, **settings)
+        np.testing.assert_array_equal(part, whole[np.ix_(workers, steps)])
+    for step, worker in ((0, 1), (1, 0)):
+        assert not np.array_equal(whole[worker, step], whole[0, 0])
+
+
+def test_another_seed_draws_other_windows(counting):
+    assert not np.array_equal(batch(counting, 5), batch(counting, 5, seed=1))
+
+
+def test_token_files_are_read_in_order_and_each_token_once(token_files):
+    corpus = corpora.load(token_files)
+    # A step takes 24 tokens: four of the first file, three of the second, and then from the start.
+    sequences = corpus.batches(range(8), range(4), 4, seed=0, size=2, length=3)
+    assert sequences.dtype == np.uint16
+    inputs, targets = sequences[..., :-1], sequences[..., 1:]
+    np.testing.assert_array_equal(targets, inputs + 1)
+    read = inputs.swapaxes(0, 1).reshape(8, -1)  # by step, then worker
+    expected = [*np.arange(96).reshape(4, 24), *np.arange(200, 272).reshape(3, 24), range(24)]
+    np.testing.assert_array_equal(read, expected)
+    held_out = corpus.held_out(13, 3)
+    np.testing.assert_array_equal(held_out[:, :-1].ravel(), range(500, 539))
+    np.testing.assert_array_equal(held_out[:, 1:].ravel(), range(501, 540))
+    assert corpus.describe() == {
+        "name": "tokens",
+        "files": 2,
+        "train_tokens": 176,
+        "test_tokens": 41,
+    }
+
+
+def test_a_single_token_file_has_its_last_20th_for_testing(token_files):
+    corpus = corpora.load(token_files / "fineweb_train_000001.bin")
+    assert [corpus.train[0].size, corpus.test.size] == [96, 5]
+    assert corpus.test[0] == 96
+
+
+def test_bad_token_files_are_refused(token_files):
+    corpus = corpora.load(token_files)
+    with pytest.raises(ValueError, match="has 75 tokens, and a step takes 97: lower"):
+        corpus.batches(range(1), range(4), 4, seed=0, size=3, length=8)
+    with pytest.raises(ValueError, match="41 tokens to test on, and 14 sequences of 3 take 43"):
+        corpus.held_out(14, 3)
+    path = token_files / "fineweb_train_000002.bin"
+    shards.write(path, np.full(75, 50_257))
+    with pytest.raises(ValueError, match="a token 50257.*below 50,257.*another vocabulary"):
+        corpora.load(token_files).batches(range(4, 5), range(4), 4, seed=0, size=2, length=3)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="says that it has 75 tokens, and has 74.0"):
+        corpora.load(path)
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"no file of tokens.*20240520 and 1.*begins with \["):
+        corpora.load(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="There is no token file"):
+        corpora.load(path)
+    (token_files / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(ValueError, match="1 token files to train on and 0.*one of each is needed"):
+        corpora.load(token_files)
 
 
 def test_each_worker_reads_windows_of_its_own_part(counting):
     train = np.asarray(counting.train).tobytes()
     size = len(train) // 4
-    for worker, sequences in enumerate(batch(counting, 0, batch_size=8)):
+    for worker, sequences in enumerate(batch(counting, 0, size=8)):
         for sequence in sequences:
             window = bytes(sequence.tolist())
             # Nine bytes hold one whole number at least, so a window occurs once.
@@ -165,7 +249,7 @@ def test_each_worker_reads_windows_of_its_own_part(counting):
 
 
 def test_held_out_windows_reach_from_the_first_byte_to_the_last(counting):
-    held_out = np.asarray(text.held_out_batch(counting, 5, 8))
+    held_out = counting.held_out(5, 8)
     assert held_out.shape == (5, 9)
     np.testing.assert_array_equal(held_out[0], counting.test[:9])
     np.testing.assert_array_equal(held_out[-1], counting.test[-9:])
@@ -179,21 +263,21 @@ def test_the_default_text_is_split_by_file_and_in_a_fixed_order(tmp_path, monkey
         (tmp_path / "a" / f"m{i:02}.py").write_text(f"<{i}>")
     for skipped in ("site-packages/x.py", "a/test/x.py", "a/data.txt"):
         (tmp_path / skipped).write_text("skipped")
-    corpus = text.load()
+    corpus = corpora.load()
     train, test = (bytes(np.asarray(part)) for part in (corpus.train, corpus.test))
     assert test == b"<19>\n<39>"
     assert train == "\n".join(f"<{i}>" for i in range(40) if i not in (19, 39)).encode()
-    assert text.load().digest == corpus.digest
+    assert text.standard_library().digest == corpus.digest
 
 
 def test_bad_texts_are_refused(tmp_path, monkeypatch, counting):
     with pytest.raises(ValueError, match=r"no text file '.*missing.txt'.*--text"):
-        text.load(tmp_path / "missing.txt")
+        corpora.load(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="8 workers.*1425 bytes.*length 2000.*shorter sequence"):
-        text.shards(counting, 8, 2000)
+        counting.batches(range(1), range(8), 8, seed=0, size=1, length=2000)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="Found 0 source files.*--text"):
-        text.load()
+        corpora.load()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +286,8 @@ def test_bad_texts_are_refused(tmp_path, monkeypatch, counting):
         ({"steps": 10, "eval_every": 4}, "multiple of `eval_every`, got 10 and 4"),
         ({"workers": 0}, "`workers` must be at least 1, got 0"),
         ({"constant": 1.5}, r"`constant`.*\[0, 1\], got 1.5"),
-        ({"methods": ("adam",)}, r"`methods` must be among .*top15_natural.*got \('adam',\)"),
+        ({"batch_size": 4, "microbatches": 3}, "multiple of `microbatches`, got 4 and 3"),
+        ({"lr_multiplier": 0.0}, "`lr_multiplier` must be positive, got 0.0"),
         ({"methods": ()}, "`methods` must be among"),
     ],
 )
@@ -221,8 +306,9 @@ def test_bad_shapes_and_multipliers_are_refused():
 
 
 def test_the_learning_rate_stays_and_then_falls_to_zero():
-    tx_rates = nanogpt.learning_rate(nanogpt.Config(steps=100, eval_every=10), "uncompressed")
-    peak = nanogpt.peak_learning_rate(nanogpt.Config(), "uncompressed")
+    settings = training.Settings(steps=100, eval_every=10)
+    tx_rates = training.learning_rate(settings, "uncompressed")
+    peak = training.peak_learning_rate(settings, "uncompressed")
     rates = [float(tx_rates(step)) for step in (0, 39, 40, 70, 100)]
     np.testing.assert_allclose(rates, [peak, peak, peak, peak / 2, 0], rtol=1e-6)
 
@@ -312,15 +398,16 @@ def test_routes_lists_every_parameter_and_stops(tmp_path, capsys):
     assert not out.exists()
 
 
-def fake_train(config, method, corpus, mesh=None):
-    """What `nanogpt.train` yields, with losses that are best at half of the base rate."""
-    del corpus, mesh
+def fake_train(config, method, corpus, mesh=None, checkpoints=None):
+    """What `training.train` yields, with losses that are best at half of the base rate."""
+    del corpus, mesh, checkpoints
     rate = config.lr_multiplier or 1.0
     cost = {"uncompressed": 1000, "rank15_natural": 50, "top15_natural": 70}[method]
     for step in range(0, config.steps + 1, config.eval_every):
         loss = 2 + abs(rate - 0.5) + 3 / (1 + step)
         yield {
             "method": method,
+            "seed": config.seed,
             "step": step,
             "tokens": 10 * step,
             "loss_w": loss,
@@ -335,7 +422,7 @@ def fake_train(config, method, corpus, mesh=None):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """The scripts with a training that costs nothing, and arguments for them."""
-    monkeypatch.setattr(nanogpt, "train", fake_train)
+    monkeypatch.setattr(training, "train", fake_train)
     source = tmp_path / "text.txt"
     source.write_bytes(bytes(2000))
     return ["--steps", "10", "--eval-every", "1", "--text", str(source)]
@@ -351,11 +438,11 @@ def test_savings_are_measured_at_the_loss_of_the_baseline_after_70_percent(quick
 
 
 def test_an_interrupted_job_keeps_what_it_has(quick, tmp_path, monkeypatch, capsys):
-    def interrupted(config, method, corpus, mesh):
+    def interrupted(config, method, corpus, *others):
         yield from itertools.islice(fake_train(config, method, corpus), 3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nanogpt, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     nanogpt.main([*quick, "--out", str(tmp_path)])
     _, lines = records.read_lines(tmp_path / "nanogpt.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -365,28 +452,150 @@ def test_an_interrupted_job_keeps_what_it_has(quick, tmp_path, monkeypatch, caps
 def test_a_sweep_goes_on_where_it_stopped(quick, tmp_path, monkeypatch, capsys):
     ran = []
 
-    def counted(config, method, corpus):
+    def counted(config, method, corpus, checkpoints=None):
         ran.append((method, config.lr_multiplier))
         if len(ran) == 3:
             raise KeyboardInterrupt
         return fake_train(config, method, corpus)
 
-    monkeypatch.setattr(nanogpt, "train", counted)
-    path = tmp_path / "sweep.json"
+    monkeypatch.setattr(training, "train", counted)
+    path = tmp_path / "sweep.jsonl"
     args = [*quick, "--methods", "top15_natural", "--multipliers", "1.0", "0.5", "0.25"]
     sweep.main([*args, "--out", str(path)])
+    assert "Stopped" in capsys.readouterr().out
     sweep.main([*args, "--out", str(path)])
     multipliers = [1.0, 0.5, 0.25, 0.25]  # the third was stopped, and ran again
     assert ran == [("top15_natural", multiplier) for multiplier in multipliers]
-    assert [cell["lr_multiplier"] for cell in json.loads(path.read_text())["cells"]] == [
-        1,
-        0.5,
-        0.25,
-    ]
-    assert "top15_natural: 0.5, test loss" in capsys.readouterr().out
+    _, lines = records.read_lines(path)
+    assert [line["lr_multiplier"] for line in lines] == [1, 0.5, 0.25]
+    assert lines[0]["curves"]["step"] == list(range(11))
+    assert lines[0]["curves"]["loss_x"][-1] == round(lines[0]["loss_x"], 5)
+    printed = capsys.readouterr().out
+    assert "top15_natural:  0.5  test loss" in printed
     assert path.with_suffix(".png").exists()
-    with pytest.raises(ValueError, match="made with config .*'steps': 10.*another --out"):
-        sweep.main(["--steps", "20", *args[2:], "--out", str(path)])
+
+    # The record grows by other seeds and budgets, and by nothing that is not comparable.
+    sweep.main([*args, "--seeds", "0", "1", "--out", str(path)])
+    assert [line["seed"] for line in records.read_lines(path)[1]] == [0, 0, 0, 1, 1, 1]
+    sweep.main([*args, "--steps", "20", "--out", str(path)])
+    assert [line["steps"] for line in records.read_lines(path)[1]] == [10] * 6 + [20] * 3
+    with pytest.raises(ValueError, match="made with config .*'batch_size': 4.*another --out"):
+        sweep.main([*args, "--batch-size", "2", "--out", str(path)])
+
+
+@pytest.fixture
+def prose(tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_text("to err is human, to feed the error back is EF21\n" * 60)
+    return str(source)
+
+
+TINY_RUN = training.Settings(
+    model="tiny", steps=6, eval_every=2, workers=2, batch_size=2, length=8, eval_sequences=4
+)
+
+
+@pytest.mark.slow  # two processes that import JAX
+def test_a_sweep_of_two_processes_gives_what_one_does(prose, tmp_path):
+    found = {}
+    for jobs in (1, 2):
+        path = tmp_path / f"{jobs}.jsonl"
+        settings = dataclasses.replace(TINY_RUN, lr_multiplier=0.5)
+        runs = [sweep.Run(name, settings, prose) for name in ("uncompressed", "block16")]
+        lines = sweep.run_all(runs, path, "a test", jobs)
+        found[jobs] = {line["method"]: line["curves"] for line in lines}
+    for name, curves in found[1].items():
+        np.testing.assert_allclose(curves["loss_x"], found[2][name]["loss_x"], rtol=1e-4)
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(prose, tmp_path):
+    corpus, name = corpora.load(prose), "block16"
+    settings = dataclasses.replace(TINY_RUN, downlink="natural_4bit")
+    whole = list(training.train(settings, name, corpus))
+
+    def checkpoints(about="this run"):
+        return Checkpoints(tmp_path / "run", about, every=2)
+
+    def untimed(found):
+        return [record | {"seconds": None} for record in found]
+
+    stopped = itertools.islice(training.train(settings, name, corpus, None, checkpoints()), 3)
+    assert untimed(stopped) == untimed(whole[:3])
+    drawn = []
+    batches = training.batches_of
+
+    def watched(settings, corpus, steps, mesh):
+        drawn.append(steps)
+        return batches(settings, corpus, steps, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "batches_of", watched)
+        found = list(training.train(settings, name, corpus, None, checkpoints()))
+    assert untimed(found) == untimed(whole)
+    assert drawn == [range(2), range(4, 6)]  # the first to compile with
+    with pytest.raises(ValueError, match="is of a run with this run, not another: move"):
+        list(training.train(settings, name, corpus, None, checkpoints("another")))
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch(prose):
+    model = training.model_of(TINY_RUN, corpora.load(prose))
+    params = random_params(TINY)
+    batch = jnp.asarray(np.random.default_rng(0).integers(0, 256, (6, 9)))
+    whole, *others = (
+        jax.jit(training.loss_and_gradient, static_argnums=(0, 3))(model, params, batch, parts)
+        for parts in (1, 2, 6)
+    )
+    for other in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other, whole
+        )
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_an_optimizer_of_the_paper_model(name):
+    settings = training.Settings(**presets.PRESETS["paper"])
+    params = gpt.parameter_shapes(gpt.PRESETS["124m"])
+    tx = training.optimizer(settings, name)
+    book = ef21.ledger.bytes_per_step(tx, params)
+    dense = recipes.RECIPES[name].uplink == ef21.Identity()
+    assert book.up == book.dense if dense else book.up < 0.51 * book.dense
+    assert jax.eval_shape(tx.init, params)
+
+
+@pytest.mark.parametrize("name", ["top15_natural_adamw", "powersgd_adamw", "sign_ef14"])
+def test_baselines_learn(name, prose):
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        *_, last = found = list(training.train(TINY_RUN, name, corpora.load(prose)))
+    assert last["loss_x"] < found[0]["loss_x"] - 0.1
+
+
+def test_a_recipe_can_be_counted_as_the_paper_does():
+    params = gpt.parameter_shapes(gpt.PRESETS["124m"])
+    recipe = recipes.RECIPES["rank15_natural_16bit"]
+    book = training.bytes_a_step(recipe, recipes.optimizer(recipe, 1.0), params)
+    assert book.up / book.dense == pytest.approx(0.1010, abs=1e-4)  # Table 2
+
+
+def test_the_paper_preset_is_the_paper_s_tables():
+    config = presets.configure(nanogpt.Config, "test", None, ["--preset", "paper", "--seed", "1"])
+    assert config.seed == 1
+    assert gpt.PRESETS[config.model] == gpt.GPTConfig(50_304, 12, 6, 768, 3072)
+    assert (config.workers * config.batch_size, config.length) == (256, 1024)  # Table 4
+    assert training.peak_learning_rate(config, "uncompressed") == 3.6e-4
+    assert (config.constant, config.oracle, config.topology) == (0.4, "jordan", "gather")
+    assert recipes.RECIPES["uncompressed"].momentum == 0.9
+    assert config.steps * config.tokens_a_step == pytest.approx(5e9, rel=1e-3)
+    half = presets.configure(nanogpt.Config, "test", None, ["--preset", "paper_2.5b"])
+    assert half.steps * half.tokens_a_step == pytest.approx(2.5e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_settings(name):
+    settings = training.Settings(**presets.PRESETS[name])
+    if name.endswith("m"):  # the ladder: 20 tokens a parameter
+        leaves = jax.tree.leaves(gpt.parameter_shapes(gpt.PRESETS[settings.model]))
+        tokens = settings.steps * settings.tokens_a_step
+        assert 20 <= tokens / sum(leaf.size for leaf in leaves) < 21
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -20,7 +20,6 @@ Needs Linux, root and iproute2.
 """
 
 import dataclasses
-import functools
 import statistics
 import sys
 import time
@@ -130,8 +129,8 @@ def train(settings, built):
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
     built = network.Network(built[0], tuple(built[1]))
     mesh, own = cluster.worker_mesh(), jax.process_index()
-    corpus = text.load()
-    held_out = np.asarray(text.held_out_batch(corpus, config.eval_sequences, config.length))
+    corpus = text.standard_library()
+    held_out = corpus.held_out(config.eval_sequences, config.length).astype(np.int32)
     params = jax.jit(gpt.GPT(config.model()).init)(jax.random.key(config.seed), held_out[:1, :-1])
     params = jax.tree.map(np.asarray, params["params"])
     contestants = {
@@ -139,14 +138,6 @@ def train(settings, built):
         for method in config.methods
     }
 
-    draw = functools.partial(
-        text.training_batch,
-        text.shards(corpus, config.workers, config.length)[own],
-        own,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        length=config.length,
-    )
     steps, losses = [], []
 
     def evaluate(step):
@@ -159,7 +150,14 @@ def train(settings, built):
         cluster.wait_for_all(mesh)
         if own == 0 and (step == 0 or rate != plan(config)[step - 1]):
             built.cap(rate)
-        batch = np.asarray(draw(step))
+        ((batch,),) = corpus.batches(
+            range(step, step + 1),
+            range(own, own + 1),
+            config.workers,
+            seed=config.seed,
+            size=config.batch_size,
+            length=config.length,
+        ).astype(np.int32)
         for method, one in contestants.items():
             cluster.wait_for_all(mesh)
             before, begin = network.own_counters(), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Text as bytes, on the device: a batch is a pure function of (seed, step, worker).
+"""Text as bytes: a batch is a pure function of (seed, step, worker).
 
 Nothing is downloaded. The default text is Python's own standard library, which is on every machine
 that can run this; its bytes depend on the Python version, so its digest is recorded.
@@ -9,8 +9,6 @@ import hashlib
 import pathlib
 import sysconfig
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -20,65 +18,62 @@ _SKIPPED = {
     *("encodings", "pydoc_data"),  # tables
 }
 _TEST_EVERY = 20  # every 20th file, or the last 20th of a single file, is for testing
-_STREAM = 20_240_520  # keeps these keys apart from those of the model and of the compressors
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
+class Text:
     """Training and test text, uint8 arrays of one axis, and where they came from."""
 
-    train: jax.Array
-    test: jax.Array
+    train: np.ndarray
+    test: np.ndarray
     name: str
     digest: str  # the first 16 hex digits of the SHA-256 of both
+
+    vocab_size = 256
+
+    def batches(self, steps, workers, num_workers, *, seed, size, length):
+        """Random windows of each worker's own part of the text, others in each step.
+
+        Returns:
+          (workers, steps, size, length + 1) uint8: inputs and, one later, targets.
+
+        Raises:
+          ValueError: where a worker's part is not longer than a window.
+        """
+        part = self.train.size // num_workers
+        if min(part, self.test.size) <= length:
+            raise ValueError(
+                f"The text {self.name!r} gives each of {num_workers} workers {part} bytes to train "
+                f"on and leaves {self.test.size} for testing, which must be more than the sequence "
+                f"length {length}: take a longer text, fewer workers or a shorter sequence."
+            )
+        starts = [
+            worker * part
+            + np.random.default_rng((seed, worker, step)).integers(part - length, size=size)
+            for worker in workers
+            for step in steps
+        ]
+        return self._windows(self.train, np.concatenate(starts), length).reshape(
+            len(workers), len(steps), size, length + 1
+        )
+
+    def held_out(self, size, length):
+        """(size, length + 1) uint8: windows evenly spread over the test text, always the same."""
+        starts = np.linspace(0, self.test.size - length - 1, size).astype(np.int64)
+        return self._windows(self.test, starts, length)
 
     def describe(self):
         """Enough to tell two texts apart in a record."""
         sizes = {"train_bytes": self.train.size, "test_bytes": self.test.size}
         return {"name": self.name, "sha256": self.digest} | sizes
 
-
-def load(path=None) -> Corpus:
-    """Reads the file at `path`, or the standard library's sources where it is None."""
-    return _standard_library() if path is None else _single_file(pathlib.Path(path))
-
-
-def shards(corpus, num_workers, length):
-    """The training text cut into one contiguous part a worker, (num_workers, size)."""
-    size = corpus.train.size // num_workers
-    if min(size, corpus.test.size) <= length:
-        raise ValueError(
-            f"The text {corpus.name!r} gives each of {num_workers} workers {size} bytes to train "
-            f"on and leaves {corpus.test.size} for testing, which must be more than the sequence "
-            f"length {length}: take a longer text, fewer workers or a shorter sequence."
-        )
-    return corpus.train[: size * num_workers].reshape(num_workers, size)
+    @staticmethod
+    def _windows(text, starts, length):
+        return text[starts[:, None] + np.arange(length + 1)]
 
 
-def training_batch(shard, worker, step, *, seed, batch_size, length):
-    """(batch_size, length + 1) int32: random windows of a worker's own part, another each step."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
-    starts = _random_starts(jax.random.fold_in(key, worker), shard, batch_size, length)
-    return windows(shard, starts, length)
-
-
-def held_out_batch(corpus, batch_size, length):
-    """(batch_size, length + 1) int32: windows evenly spread over the test text, always the same."""
-    starts = np.linspace(0, corpus.test.size - length - 1, batch_size).astype(np.int32)
-    return windows(corpus.test, jnp.asarray(starts), length)
-
-
-def windows(text, starts, length):
-    """length + 1 bytes from each start: inputs and, one later, targets."""
-    cut = jax.vmap(lambda start: jax.lax.dynamic_slice(text, (start,), (length + 1,)))
-    return cut(starts).astype(jnp.int32)
-
-
-def _random_starts(key, shard, batch_size, length):
-    return jax.random.randint(key, (batch_size,), 0, shard.size - length)
-
-
-def _standard_library():
+def standard_library() -> Text:
+    """The sources of Python's standard library."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     paths = [path for path in paths if not _SKIPPED & set(path.parts)]
@@ -91,21 +86,21 @@ def _standard_library():
     texts = [(root / path).read_bytes() for path in paths]
     test = texts[_TEST_EVERY - 1 :: _TEST_EVERY]
     train = [text for i, text in enumerate(texts, start=1) if i % _TEST_EVERY]
-    return _corpus(b"\n".join(train), b"\n".join(test), "the standard library")
+    return _text(b"\n".join(train), b"\n".join(test), "the standard library")
 
 
-def _single_file(path):
+def single_file(path: pathlib.Path) -> Text:
+    """A file's bytes, the last 20th of them for testing."""
     if not path.is_file():
-        raise ValueError(f"There is no text file {str(path)!r}: --text takes the path of one file.")
+        raise ValueError(
+            f"There is no text file {str(path)!r}: --text takes the path of one file, or of a "
+            "folder of token files."
+        )
     text = path.read_bytes()
     cut = len(text) - len(text) // _TEST_EVERY
-    return _corpus(text[:cut], text[cut:], path.name)
+    return _text(text[:cut], text[cut:], path.name)
 
 
-def _corpus(train, test, name):
+def _text(train, test, name):
     digest = hashlib.sha256(train + test).hexdigest()[:16]
-    return Corpus(_bytes(train), _bytes(test), name, digest)
-
-
-def _bytes(text):
-    return jnp.asarray(np.frombuffer(text, np.uint8))
+    return Text(np.frombuffer(train, np.uint8), np.frombuffer(test, np.uint8), name, digest)

@@ -38,6 +38,8 @@ class GPTConfig:
 
 PRESETS = {
     "124m": GPTConfig(),
+    "5m": GPTConfig(vocab_size=256, layers=6, heads=4, width=256, hidden=1024),
+    "1m": GPTConfig(vocab_size=256, layers=5, heads=4, width=128, hidden=512),
     "small": GPTConfig(vocab_size=256, layers=3, heads=3, width=96, hidden=384),
     "tiny": GPTConfig(vocab_size=256, layers=2, heads=2, width=16, hidden=64),
 }

@@ -1,0 +1,137 @@
+"""What the GPTs are trained with, by name: paper M's Table 2, ours, and what people use today.
+
+A recipe says what travels in both directions, how what is withheld comes later, and whose step
+the server takes. Its learning rate is a multiple of a base rate that all recipes with the same
+step share; the multiples are found by `experiments.sweep`.
+"""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+import ef21_jax as ef21
+from experiments import table2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train, but for the learning rate and the model."""
+
+    uplink: ef21.Compressor = ef21.Identity()
+    downlink: ef21.Compressor = ef21.Identity()
+    feedback: Literal["ef21", "ef14", "none"] = "ef21"
+    step: Literal["lmo", "adamw"] = "lmo"
+    momentum: float = 0.9  # of the workers: the weight of the old gradients
+    paper_bytes: bool = False  # counted as in the paper: 16 bits a Natural value
+
+    @property
+    def base_rate(self) -> float:
+        """The learning rate whose multiples are tried: paper M's Table 4, or a usual one."""
+        return {"lmo": 3.6e-4, "adamw": 5e-3}[self.step]
+
+
+NATURAL_4BIT = ef21.BlockNatural()
+BLOCK = ef21.BlockTopK() >> NATURAL_4BIT  # the largest of every 16, half a bit a parameter
+
+# "identity" is the name of a compressor in the table, here of a run.
+PAPER = {
+    "uncompressed" if name == "identity" else name: Recipe(uplink)
+    for name, uplink, _ in table2.ROWS
+}
+OWN = {
+    "block16": Recipe(BLOCK),
+    "block8": Recipe(ef21.BlockTopK(1, 8) >> NATURAL_4BIT),
+    "block4": Recipe(ef21.BlockTopK(1, 4) >> NATURAL_4BIT),
+    "block2of16": Recipe(ef21.BlockTopK(2, 16) >> NATURAL_4BIT),
+    "block3of16": Recipe(ef21.BlockTopK(3, 16) >> NATURAL_4BIT),
+    "block16_2bit": Recipe(ef21.BlockTopK() >> ef21.TwoLevel()),
+    "top10_4bit": Recipe(ef21.TopK(0.10) >> NATURAL_4BIT),
+    "top15_4bit": Recipe(ef21.TopK(0.15) >> NATURAL_4BIT),
+    "top20_4bit": Recipe(ef21.TopK(0.20) >> NATURAL_4BIT),
+    "rank10_4bit": Recipe(ef21.RankK(0.10) >> NATURAL_4BIT),
+    "rank15_4bit": Recipe(ef21.RankK(0.15) >> NATURAL_4BIT),
+    "rank20_4bit": Recipe(ef21.RankK(0.20) >> NATURAL_4BIT),
+    "rank25_4bit": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT),
+    "rank30_4bit": Recipe(ef21.RankK(0.30) >> NATURAL_4BIT),
+    "natural_4bit": Recipe(NATURAL_4BIT),
+    "natural_3bit": Recipe(ef21.BlockNatural(3, 64)),
+    "two_level": Recipe(ef21.TwoLevel()),
+    "sign": Recipe(ef21.ScaledSign()),
+    # Four bits a parameter back.
+    "uncompressed_natural_4bit": Recipe(downlink=NATURAL_4BIT),
+    "rank25_4bit_both": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, NATURAL_4BIT),
+    "top20_4bit_both": Recipe(ef21.TopK(0.20) >> NATURAL_4BIT, NATURAL_4BIT),
+    "block16_both": Recipe(BLOCK, NATURAL_4BIT),
+}
+BASELINES = {
+    "adamw": Recipe(feedback="none", step="adamw", momentum=0.0),
+    "top15_natural_adamw": Recipe(ef21.TopK(0.15) >> ef21.Natural(), step="adamw", momentum=0.0),
+    "powersgd_adamw": Recipe(ef21.RankK(0.04), feedback="ef14", step="adamw", momentum=0.0),
+    "sign_ef14": Recipe(ef21.ScaledSign(), feedback="ef14"),
+    "rank15_natural_ef14": Recipe(ef21.RankK(0.15) >> ef21.Natural(), feedback="ef14"),
+    "block16_ef14": Recipe(BLOCK, feedback="ef14"),
+    "rank15_natural_16bit": dataclasses.replace(PAPER["rank15_natural"], paper_bytes=True),
+}
+RECIPES: dict[str, Recipe] = PAPER | OWN | BASELINES
+
+# Multiples of the base rate found by `experiments.sweep`; for all others there is one below.
+_MULTIPLIERS = {"uncompressed": 0.4, "rank15_natural": 0.6, "top15_natural": 0.6}
+_USUAL_MULTIPLIER = 0.6
+
+DOWNLINKS = {"identity": ef21.Identity(), "natural": ef21.Natural(), "natural_4bit": NATURAL_4BIT}
+
+
+def multiplier(name: str) -> float:
+    """What the base rate of a recipe is multiplied by, where nothing else is said."""
+    return _MULTIPLIERS.get(name, _USUAL_MULTIPLIER)
+
+
+def optimizer(
+    recipe: Recipe,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    axis_name: str | None = "workers",
+    topology: ef21.Topology = ef21.Gather(),
+    rules: tuple[ef21.Rule, ...] = ef21.SCION_RULES,
+    seed: int = 0,
+) -> ef21.Distributed:
+    """The optimizer of a recipe."""
+    common = {"axis_name": axis_name, "topology": topology}
+    dense = recipe.uplink == recipe.downlink == ef21.Identity()
+    if recipe.step == "lmo" and recipe.feedback == "ef21" and dense:
+        return ef21.gluon(learning_rate, momentum=recipe.momentum, rules=rules, **common)
+    if recipe.step == "lmo" and recipe.feedback == "ef21":
+        return ef21.ef21_muon(
+            learning_rate,
+            momentum=recipe.momentum,
+            uplink=recipe.uplink,
+            downlink=recipe.downlink,
+            rules=rules,
+            seed=seed,
+            **common,
+        )
+    mechanism = {"ef21": ef21.ef21, "ef14": ef21.ef14, "none": ef21.no_feedback}[recipe.feedback]
+    momentum = [ef21.worker_momentum(recipe.momentum)] if recipe.momentum else []
+
+    def assemble(up, norms, topology):
+        feedback = mechanism(up)
+        if recipe.step == "adamw":
+            step = optax.adamw(learning_rate, b2=0.95, weight_decay=0.0)
+        else:
+            step = ef21.lmo_step(norms, learning_rate)
+        return ef21.distribute(
+            worker=optax.chain(*momentum, feedback.worker),
+            server=optax.chain(feedback.server, step),
+            downlink=None if recipe.downlink == ef21.Identity() else ef21.ef21_p(recipe.downlink),
+            axis_name=axis_name,
+            topology=topology,
+            seed=seed,
+        )
+
+    return ef21.grouped(
+        assemble,
+        topology,
+        up=(recipe.uplink, ef21.Compressor),
+        norms=(ef21.norms_by(rules), ef21.Norm),
+    )
