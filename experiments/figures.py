@@ -79,9 +79,7 @@ def runs_of(config: Config) -> list[sweep.Run]:
     """All that the figures need."""
     halved = set(config.figures) & set(WITH_HALF_THE_TOKENS)
     budgets = [config.steps] + [config.steps // 2] * bool(halved)
-    return [
-        run for steps in budgets for run in sweep.grid(dataclasses.replace(config, steps=steps))
-    ]
+    return [run for steps in budgets for run in sweep.grid(config, steps=steps)]
 
 
 def of_grid(config, lines):

@@ -66,25 +66,18 @@ def run(config, runs, command):
 def screening(config: Config) -> list[sweep.Run]:
     """Every candidate with every learning rate, on a quarter of the tokens."""
     names = tuple(dict.fromkeys((*config.methods, *config.candidates)))
-    return sweep.grid(
-        dataclasses.replace(config, methods=names, seeds=config.seeds[:1], steps=config.steps // 4)
-    )
+    return sweep.grid(config, methods=names, seeds=config.seeds[:1], steps=config.steps // 4)
 
 
 def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
     """The finalists with the rates that were best for them, on all tokens."""
     screened = figures.best_runs(lines, config.steps // 4)
-    settings = training.settings_of(config)
     return [
-        sweep.Run(
-            method,
-            dataclasses.replace(
-                settings, lr_multiplier=screened[method][0]["lr_multiplier"], seed=seed
-            ),
-            config.text,
-        )
+        run
         for method in config.methods
-        for seed in config.seeds
+        for run in sweep.grid(
+            config, methods=[method], multipliers=[screened[method][0]["lr_multiplier"]]
+        )
     ]
 
 
@@ -118,21 +111,18 @@ def headlines(config: Config, lines: list[dict[str, Any]], command: str) -> dict
     Equal is a mean final loss that is no more than one standard deviation above the baseline's,
     the root of the mean of both variances over the seeds.
     """
-    found = {
-        method: runs
-        for method, runs in figures.best_runs(lines, config.steps).items()
-        if len(runs) >= 3
-    }
-    base = found[config.methods[0]]
+    best = figures.best_runs(lines, config.steps)
+    base = best[config.methods[0]]
+    enough = {method: runs for method, runs in best.items() if len(runs) >= 3 <= len(base)}
     step, losses = figures.curve(base)
     at_75 = float(np.interp(0.75 * config.steps, step, losses))
 
     def claim(ratio, allowed):
-        able = {method: ratio(runs) for method, runs in found.items() if allowed(runs)}
+        able = {method: ratio(runs) for method, runs in enough.items() if allowed(runs)}
         if not able:
             return {"value": None}
-        best = max(able, key=lambda method: able[method])
-        return {"value": able[best]} | about(found[best], base)
+        most = max(able, key=lambda method: able[method])
+        return {"value": able[most]} | about(enough[most], base)
 
     def equal(runs):
         deviation = math.sqrt((spread(runs) ** 2 + spread(base) ** 2) / 2)

@@ -24,6 +24,7 @@ from experiments.data import corpora
 
 
 KEYS = ("method", "lr_multiplier", "seed", "steps")  # that tell runs of a record apart
+_AXES = ("methods", "multipliers", "seeds")  # of a grid
 _CURVES = ("step", "loss_w", "loss_x")  # kept of every evaluation, and of the last one all else
 
 
@@ -69,14 +70,17 @@ def main(args=None):
         print(f"Wrote {config.out} and {plots.sweep_picture(config.out)}")
 
 
-def grid(config: Config) -> list[Run]:
-    """Every recipe with every learning rate and seed."""
-    settings = training.settings_of(config)
+def grid(config: Config, **changes: Any) -> list[Run]:
+    """Every recipe with every learning rate and seed.
+
+    Args:
+      changes: of the fields of `config`: `methods`, `multipliers`, `seeds`, or of its settings.
+    """
+    axes = [changes.pop(name, getattr(config, name)) for name in _AXES]
+    settings = dataclasses.replace(training.settings_of(config), **changes)
     return [
         Run(method, dataclasses.replace(settings, lr_multiplier=rate, seed=seed), config.text)
-        for method, rate, seed in itertools.product(
-            config.methods, config.multipliers, config.seeds
-        )
+        for method, rate, seed in itertools.product(*axes)
     ]
 
 
