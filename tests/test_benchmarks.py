@@ -18,7 +18,14 @@ pytest.importorskip("tqdm")
 pytest.importorskip("tyro")
 
 import ef21_jax as ef21  # noqa: E402
-from experiments.benchmarks import compile, compressors, polar, step, timing  # noqa: E402
+from experiments.benchmarks import (  # noqa: E402
+    compile,
+    compressors,
+    polar,
+    step,
+    timing,
+    train_step,
+)
 
 
 @pytest.fixture
@@ -141,6 +148,20 @@ def test_compile_of_the_model_as_it_is(run):
 def test_bad_settings_are_refused(config, settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_train_step_end_to_end(run):
+    figures, record, _ = run(train_step, "--turns 1 --preset tiny --methods block16_both")
+    assert set(figures) == {"block16_both_throughput_over_optax_muon"}
+    (taken,), (theirs,) = (record["seconds"][name] for name in ("block16_both", "optax_muon"))
+    assert min(figures.values()) == pytest.approx(theirs / taken)
+
+
+@pytest.mark.slow  # it compiles NanoGPT-124M twice, and takes a step of it
+@pytest.mark.timeout(1200)
+def test_the_paper_step_fits_one_accelerator_and_a_small_one_runs(run):
+    figures, *_ = run(train_step, "--turns 1 --paper --methods rank15_natural")
+    assert 5 < figures["rank15_natural_gigabytes"] < 80
 
 
 @pytest.mark.parametrize("args", ["--dtype int8", "--methods adam", "--turns many", "--no-such 1"])

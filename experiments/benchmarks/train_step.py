@@ -11,6 +11,7 @@ compiler, nothing of it run; and a step with a tiny batch, which is run.
 
 import dataclasses
 import functools
+import statistics
 import time
 
 import jax
@@ -60,7 +61,7 @@ def throughput(config, args):
     figures, rows = {}, []
     for name, taken in seconds.items():
         speed = timing.ratio(seconds["optax_muon"], taken)
-        rate = settings.tokens_a_step / sorted(taken)[len(taken) // 2]
+        rate = settings.tokens_a_step / statistics.median(taken)
         rows.append((name, f"{rate:,.0f}", f"{speed:.3f}"))
         if name != "optax_muon":
             figures[f"{name}_throughput_over_optax_muon"] = speed
