@@ -335,7 +335,7 @@ def shallow(monkeypatch):
 
 SETTINGS = {
     **{"images": 12, "clients": 2, "batch_size": 3, "side": 8, "width": 2, "blocks": 1},
-    **{"epochs": 1, "patches": True},
+    **{"epochs": 1, "patches": True, "gamma": 5.0},
 }
 
 
@@ -433,7 +433,7 @@ def test_a_job_writes_a_record_and_goes_on_where_it_stopped(folder, shallow, cap
     assert ran == [(0.1, "EF21", (0, 1)), (0.1, "normalized EF21", (1,))]
     assert records.read_lines(path)[1] == lines
     with pytest.raises(ValueError, match="made with config .*'gamma': 5.0.*another --json"):
-        experiment.main([*arguments(folder, path), "--gamma", "1"])
+        experiment.main([*arguments(folder, path), "--gamma=1"])
 
 
 def made_up(share, method, seed, accuracy):
