@@ -1,6 +1,7 @@
 """ResNet-20 on CIFAR-10: the network against NumPy, every form of the data, runs and records."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import lzma
@@ -94,7 +95,8 @@ def test_the_network_is_its_paper_in_numpy(patches):
     params, stats = random_variables(config, (8, 8, 3))
     batch = np.float32(np.random.default_rng(1).normal(size=(2, 8, 8, 3)))
     variables = {"params": params, "batch_stats": stats}
-    found = resnet.ResNet(config).apply(variables, batch, train=False)
+    network = jax.jit(functools.partial(resnet.ResNet(config).apply, train=False))
+    found = network(variables, batch)
     expected = [numpy_logits(params, stats, image) for image in batch]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
@@ -122,15 +124,16 @@ def test_in_training_a_layer_normalises_by_the_batch_and_remembers_a_tenth():
     params, stats = random_variables(TINY, (4, 4, 3))
     batch = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4, 4, 3)), jnp.float32)
     variables = {"params": params, "batch_stats": stats}
-    network = resnet.ResNet(TINY)
-    logits, new = network.apply(variables, batch, train=True, mutable="batch_stats")
+    apply = functools.partial(resnet.ResNet(TINY).apply, train=True, mutable="batch_stats")
+    network = jax.jit(apply)
+    logits, new = network(variables, batch)
     first = resnet.convolve_patches(batch, params["conv"]["kernel"], (1, 1), None)
     for name, now in (("mean", first.mean((0, 1, 2))), ("var", first.var((0, 1, 2)))):
         expected = 0.9 * stats["norm"][name] + 0.1 * now
         np.testing.assert_allclose(new["batch_stats"]["norm"][name], expected, rtol=1e-5)
     # The scale of a kernel before a normalisation is of no effect; in a test it is.
     params["conv"]["kernel"] = params["conv"]["kernel"] * 7
-    again, _ = network.apply(variables, batch, train=True, mutable="batch_stats")
+    again, _ = network(variables, batch)
     np.testing.assert_allclose(again, logits, rtol=1e-3)
 
 
@@ -356,7 +359,8 @@ def test_an_epoch_is_ef21_on_each_clients_own_batches_with_top_k_of_all_paramete
     own = [jax.tree.map(lambda leaf, j=j: leaf[j], stats) for j in range(2)]
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     expected, v, k, lengths, shares = x, np.zeros((2, x.size)), int(0.1 * x.size), [], []
-    for step, chosen in enumerate(images.epoch(seed, 1, 2, 6, 3)):
+    order = jax.jit(images.epoch, static_argnums=(2, 3, 4))(seed, 1, 2, 6, 3)
+    for step, chosen in enumerate(np.asarray(order)):
         for j in range(2):
             batch = (part[j][chosen[j]] for part in shards)
             g, (share, own[j]) = gradient(expected, own[j], *batch, (seed, step, j))
@@ -386,7 +390,7 @@ def test_a_test_is_with_the_mean_of_the_clients_statistics(shallow):
         x, jax.tree.map(lambda leaf: leaf * half, stats), data.test, data.test_labels
     )
     mean = jax.tree.map(lambda leaf: 1.5 * leaf[0], stats)
-    value, (share, _) = loss(x, mean, data.test, data.test_labels)
+    value, (share, _) = jax.jit(loss)(x, mean, data.test, data.test_labels)
     np.testing.assert_allclose(found["test_loss"], value, rtol=1e-5)
     np.testing.assert_allclose(found["test_accuracy"], share, rtol=1e-6)
     np.testing.assert_allclose(found["length"], jnp.linalg.norm(x), rtol=1e-6)
