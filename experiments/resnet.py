@@ -99,7 +99,7 @@ def main(args=None):
     data = prepared(cifar10.load(config.data_dir), config)
     command = records.command_line("experiments.resnet", args)
     header = records.header(_settings(config), command, data=data.describe())
-    lines = _resume(config.json, header)
+    lines = _resume(config.json, header)  # the first is the header
     cells = [(share, method) for share in config.shares for method in config.methods]
     runs = [train(config, data, *cell, _missing(lines, *cell, config.seeds)) for cell in cells]
     try:
@@ -162,6 +162,7 @@ def train(config, data, share, method, seeds):
                     | {"epoch": epoch, "step": taken, "bits_up": taken * bits}
                     | trained  # means over the epoch
                     | found
+                    # Of the first seed, compilation included.
                     | {"rejected": int(jnp.sum(state.rejected)), "seconds": round(seconds, 3)}
                 )
                 message = f"test accuracy {found['test_accuracy']:.3f}"
@@ -272,7 +273,7 @@ def _resume(path, header):
     if not path.exists():
         return [header]
     old, lines = records.read_lines(path)
-    own = ("methods", "shares", "seeds")
+    own = ("methods", "shares", "seeds", "json")
     for key in ("config", "data"):
         before, now = ({k: v for k, v in h[key].items() if k not in own} for h in (old, header))
         if before != now:
