@@ -12,6 +12,7 @@ steps, step size 1.
 Stopped and started again, it goes on where it was: a finished run is not repeated.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -104,7 +105,7 @@ def main(args=None):
     runs = [train(config, data, *cell, _missing(lines, *cell, config.seeds)) for cell in cells]
     try:
         # Seed by seed: a job that is stopped has as much of each.
-        for run in itertools.chain.from_iterable(itertools.zip_longest(*runs, fillvalue=())):
+        for run in _in_turns(runs):
             lines += run
             records.write_lines(config.json, lines)
     except KeyboardInterrupt:
@@ -260,6 +261,16 @@ def tested(loss):
         return {"length": jnp.linalg.norm(x)} | jax.tree.map(jnp.mean, found)
 
     return jax.jit(test)
+
+
+def _in_turns(iterators):
+    """The first of each, then the second of each, and so on; none is taken before it is wanted."""
+    waiting = collections.deque(iterators)
+    while waiting:
+        iterator = waiting.popleft()
+        for item in itertools.islice(iterator, 1):
+            yield item
+            waiting.append(iterator)
 
 
 def _missing(lines, share, method, seeds):
