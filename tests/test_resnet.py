@@ -458,6 +458,30 @@ def test_the_table_has_the_median_and_the_spread_of_the_seeds(tmp_path):
     assert accuracies.picture(path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_is_written_when_it_is_whole_and_runs_go_seed_by_seed(folder, monkeypatch, capsys):
+    path, begun = folder / "resnet.jsonl", []
+
+    def faked(config, data, share, method, seeds):
+        for seed in seeds:
+            begun.append((method, seed))
+            if begun.count(("EF21", 1)) == 1 and method != "EF21":
+                raise KeyboardInterrupt
+            yield made_up(share, method, seed, 0.2)
+
+    monkeypatch.setattr(experiment, "train", faked)
+    args = [*arguments(folder, path), "--seeds", "3"]
+    first = [("EF21", 0), ("normalized EF21", 0), ("EF21", 1)]
+    experiment.main(args)
+    assert (
+        begun == [*first, ("normalized EF21", 1)] and "goes on from here" in capsys.readouterr().out
+    )
+    written = [(line["method"], line["seed"]) for line in records.read_lines(path)[1][::2]]
+    assert written == first
+    begun.append(("EF21", 1))
+    experiment.main(args)
+    assert begun[5:] == [("EF21", 2), ("normalized EF21", 1), ("normalized EF21", 2)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
