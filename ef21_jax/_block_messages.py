@@ -10,7 +10,7 @@ from jax import lax
 from . import _packing
 from ._blocks import Runs, Skewed
 from ._codes import Code
-from ._messages import Floats, Message, wire_bits
+from ._messages import Floats, Message, in_turn, wire_bits
 from ._positions import log2_binomial
 
 
@@ -43,13 +43,14 @@ class BlockSparse(Message):
         skewed = Skewed(x.size, block)
         count = min(count, skewed.depth)
         bits = _packing.to_bits(x.ravel())
-        find = _largest_of_each if count == 1 else _largest_few_of_each
-        rows = find(skewed, bits, count)
-        # A group of fewer than k entries keeps some of the zeros behind the end.
-        kept = bits.at[_positions(skewed, rows)].get(mode="fill", fill_value=0)
+        if count == 1:
+            kept, rows = _largest_of_each(skewed, bits)
+        else:
+            rows = _largest_few_of_each(skewed, bits, count)
+            # A group of fewer than k entries keeps some of the zeros behind the end.
+            kept = bits.at[_positions(skewed, rows)].get(mode="fill", fill_value=0)
         packed = _packing.pack_lanes(rows.astype(jnp.uint8).ravel(), _width(skewed))
-        values = Floats(kept[0] if count == 1 else kept, x.dtype)
-        return BlockSparse(values, packed, block, x.shape, x.dtype)
+        return BlockSparse(Floats(kept, x.dtype), packed, block, x.shape, x.dtype)
 
     @staticmethod
     def resolution(count: int, depth: int) -> float:
@@ -76,17 +77,17 @@ class BlockSparse(Message):
         dense = zeros.at[positions].set(values, mode="drop", unique_indices=distinct)
         return dense.reshape(self.shape)
 
-    def total(self):
-        # One scatter for all n messages.
-        values, positions = jax.vmap(BlockSparse._entries)(self)
-        zeros = jnp.zeros((math.prod(self.shape),), values.dtype)
-        return zeros.at[positions].add(values, mode="drop").reshape(self.shape)
+    def added_to(self, partial):
+        values, positions = self._entries()
+        flat = partial.ravel()
+        return flat.at[positions].add(values, mode="drop").reshape(self.shape)
 
     def _entries(self):
         """Values, and their positions in the flat array: both (k, groups)."""
         skewed = Skewed(math.prod(self.shape), self.block)
         values = self.values.dense()
-        rows = _packing.unpack_lanes(self.rows, _width(skewed), values.size)
+        # As one row of a matrix: of a vector, the lanes would be joined entry by entry where used.
+        rows = _packing.unpack_lanes(self.rows[None], _width(skewed), values.size)
         values = values.reshape(-1, skewed.groups)
         return values, _positions(skewed, rows.reshape(values.shape))
 
@@ -101,13 +102,20 @@ def _positions(skewed, rows):
     return rows.astype(jnp.int32) * skewed.groups + group
 
 
-def _largest_of_each(skewed, bits, count):
-    """The row of the largest of each group: shape (1, groups)."""
-    del count
-    # Magnitudes order as their bits do. By a reduction, whose result is kept: what is written out
-    # row by row would be found anew by each of those who need it.
-    sizes = skewed.split(bits) & _packing.magnitude_mask(bits.dtype)
-    return jnp.argmax(sizes, axis=0, keepdims=True)
+def _largest_of_each(skewed, bits):
+    """The largest of each group and its row: both of shape (groups,)."""
+    split = skewed.split(bits)
+    row = lax.broadcasted_iota(jnp.uint8, split.shape, 0)
+
+    def larger(one, other):
+        (a, i), (b, j) = one, other
+        # Magnitudes order as their bits do, here without the sign. Of equals the first.
+        is_one = (a << 1 > b << 1) | ((a << 1 == b << 1) & (i < j))
+        return jnp.where(is_one, a, b), jnp.where(is_one, i, j)
+
+    # One reduction for both, whose results are kept: what is written out row by row would be found
+    # anew by each of those who need it.
+    return lax.reduce((split, row), (bits.dtype.type(0), jnp.uint8(255)), larger, (0,))
 
 
 def _largest_few_of_each(skewed, bits, count):
@@ -167,3 +175,19 @@ class BlockCodes(Message):
         codes = _packing.unpack_lanes(self.codes, self.code.width, runs.length)
         decoded = self.code.decode(codes, self.scales, self.dtype)
         return runs.merge(decoded).reshape(self.shape)
+
+    def total(self):
+        width = self.code.width
+        if width not in (2, 4, 8):  # lanes of single bits are too short to be worth it
+            return super().total()
+        # In the shape of the lanes, so that no codes are unpacked but where they are used.
+        runs = Runs(math.prod(self.shape), self.block)
+
+        def decode(message):
+            codes = _packing.separate_lanes(message.codes, width)
+            return self.code.decode(codes, message.scales[..., None], self.dtype)
+
+        lanes = jax.ShapeDtypeStruct((runs.count, 8 // width, self.codes.shape[-1]), self.dtype)
+        total = in_turn(lambda partial, message: partial + decode(message), lanes, self)
+        total = total.reshape(runs.count, -1)[:, : runs.length]
+        return runs.merge(total).reshape(self.shape)

@@ -45,7 +45,7 @@ class Code(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """What they stand for: shape (runs, length), of `dtype`."""
+        """What they stand for, of `dtype`. Codes may have any shape that scales broadcast to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +92,13 @@ class Powers(_Signed):
 
     def decode(self, codes, scales, dtype):
         layout = _packing.layout_of(dtype)
-        level = (codes & jnp.uint8(self.levels)).astype(jnp.int32)
-        exponent = jnp.where(level > 0, level + scales.astype(jnp.int32) - self.levels, 0)
-        negative = (codes >> (self.width - 1)).astype(layout.word)
-        word = negative << layout.sign | exponent.astype(layout.word) << layout.mantissa
-        return _packing.from_bits(word, layout.float).astype(dtype)
+        word, levels = codes.astype(layout.word), layout.word(self.levels)
+        level = (word & levels) << layout.mantissa
+        # It may wrap around, and back when a level is added.
+        bottom = (scales.astype(layout.word) - levels) << layout.mantissa
+        size = jnp.where(level > 0, level + bottom, layout.word(0))
+        negative = word >> (self.width - 1) << layout.sign
+        return _packing.from_bits(negative | size, layout.float).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

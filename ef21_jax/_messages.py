@@ -6,8 +6,8 @@ nest: the values of a `Sparse` are themselves a message, and a compressor that f
 (`first >> then`) replaces the innermost `Floats`.
 
 Two rules hold for every kind. A message whose leaves are all zero stands for the zero array:
-that is how a refused message is silenced on both ends. And `total` adds up n stacked messages
-without holding n dense arrays.
+that is how a refused message is silenced on both ends. And `total` adds up n stacked messages in
+memory that does not grow with n.
 
 Some messages can be added on their way, by the network itself: those whose floats are a linear
 function of the array, and the same function at all workers. Then
@@ -20,6 +20,7 @@ is the mean of the arrays, at the cost of an all-reduce of the floats alone.
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from jax import lax
 from . import _packing
 from ._dtypes import at_least_float32
 from ._grouping import each_layer
-from ._positions import EliasFano, Mask, Positions, Strata
+from ._positions import Positions, Strata
 
 
 class Message(abc.ABC):
@@ -64,14 +65,18 @@ class Message(abc.ABC):
     def _with_addend(self, addend: jax.Array) -> "Message":
         raise NotImplementedError
 
+    def added_to(self, partial: jax.Array) -> jax.Array:
+        """The sum of `partial` and the array this message stands for."""
+        return partial + self.dense()
+
     def total(self) -> jax.Array:
-        """The sum of the arrays that n messages, stacked along a new leading axis, stand for."""
+        """The sum of the arrays that n messages, stacked along a new leading axis, stand for.
 
-        def add(partial, message):
-            return partial + message.dense(), None
-
+        One after the other: in memory that does not grow with n, and with the same bits wherever
+        they are added up.
+        """
         first = jax.eval_shape(lambda m: jax.tree.map(lambda leaf: leaf[0], m).dense(), self)
-        return lax.scan(add, _zeros_varying_like(first, self), self)[0]
+        return in_turn(lambda partial, message: message.added_to(partial), first, self)
 
 
 def dense(message: Message | jax.Array) -> jax.Array:
@@ -109,11 +114,15 @@ def _static():
     return dataclasses.field(metadata={"static": True})
 
 
-def _zeros_varying_like(shape, witness):
+def in_turn(
+    add: Callable[[jax.Array, Any], jax.Array], like: jax.ShapeDtypeStruct, messages: Any
+) -> jax.Array:
+    """`add`s to zeros of the shape and dtype of `like` each of the stacked messages, in order."""
     # Inside `shard_map` a scan must start from a carry that varies over the axes its steps vary
     # over. Adding a zero made of the messages gives it just those.
-    zero = jax.tree.leaves(witness)[0].ravel()[:1].astype(shape.dtype) * 0
-    return jnp.zeros(shape.shape, shape.dtype) + jnp.sum(zero)
+    zero = jax.tree.leaves(messages)[0].ravel()[:1].astype(like.dtype) * 0
+    zeros = jnp.zeros(like.shape, like.dtype) + jnp.sum(zero)
+    return lax.scan(lambda partial, message: (add(partial, message), None), zeros, messages)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -131,9 +140,6 @@ class Floats(Message):
 
     def dense(self):
         return _packing.from_bits(self.bits, self.dtype)
-
-    def total(self):
-        return jnp.sum(self.dense(), axis=0)
 
     @property
     def summable(self):
@@ -177,12 +183,6 @@ class LowRank(Message):
         product = jnp.einsum(
             "...mr,...nr->...mn", self.left.dense(), self.right.dense(), precision="highest"
         )
-        return product.reshape(self.shape)
-
-    def total(self):
-        # One product of the n factors side by side.
-        left, right = (jax.vmap(dense)(factor) for factor in (self.left, self.right))
-        product = jnp.einsum("w...mr,w...nr->...mn", left, right, precision="highest")
         return product.reshape(self.shape)
 
 
@@ -272,14 +272,8 @@ class Sparse(Message):
     def dense(self):
         return self.where.place(self.values.dense()).reshape(self.shape)
 
-    def total(self):
-        if isinstance(self.where, (Mask, EliasFano)):
-            return super().total()  # to decode n of them at once would take n dense arrays
-        # One scatter for all n messages.
-        values = jax.vmap(dense)(self.values)
-        positions = jax.vmap(lambda where: where.positions())(self.where).ravel()
-        zeros = jnp.zeros((self.where.size, *values.shape[2:]), values.dtype)
-        return zeros.at[positions].add(values.reshape(-1, *values.shape[2:])).reshape(self.shape)
+    def added_to(self, partial):
+        return self.where.add_to(partial, self.values.dense())
 
     @property
     def summable(self):
@@ -369,18 +363,8 @@ class Subspace(Message):
     def dense(self):
         values = self.coefficients.dense()
         basis = self.basis(self.frequencies, at_least_float32(values.dtype))
-        return self._product("", basis, values)
-
-    def total(self):
-        # One product of the n bases side by side.
-        values = jax.vmap(dense)(self.coefficients)
-        dtype = at_least_float32(values.dtype)
-        bases = jax.vmap(lambda frequencies: self.basis(frequencies, dtype))(self.frequencies)
-        return self._product("w", bases, values)
-
-    def _product(self, worker, basis, values):
         m, n = self.shape[-2:]
-        form = f"{worker}sr,{worker}...rl->...{'sl' if m <= n else 'ls'}"
+        form = f"sr,...rl->...{'sl' if m <= n else 'ls'}"
         product = jnp.einsum(form, basis, values.astype(basis.dtype), precision="highest")
         return product.astype(values.dtype)
 

@@ -92,10 +92,23 @@ def unpack_lanes(packed: jax.Array, width: int, size: int) -> jax.Array:
     for part in _lane_widths(width):
         length = -(-size * part // 8)
         mask = jnp.uint8((1 << part) - 1)
-        lanes = [packed[..., :length] >> jnp.uint8(place) & mask for place in range(0, 8, part)]
-        codes = codes | jnp.concatenate(lanes, axis=-1)[..., :size] << jnp.uint8(done)
+        lanes = []
+        for lane in range(8 // part):
+            filled = min(length, max(0, size - lane * length))  # the last ones may be shorter
+            lanes.append(packed[..., :filled] >> jnp.uint8(lane * part) & mask)
+        codes = codes | jnp.concatenate(lanes, axis=-1) << jnp.uint8(done)
         packed, done = packed[..., length:], done + part
     return codes
+
+
+def separate_lanes(packed: jax.Array, width: int) -> jax.Array:
+    """The lanes of `pack_lanes`, for a width that divides 8: shape (..., 8 // width, bytes), uint8.
+
+    Entry by entry, where `unpack_lanes` has an array to join.
+    """
+    shape = (*packed.shape[:-1], 8 // width, packed.shape[-1])
+    place = width * lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2)
+    return packed[..., None, :] >> place & jnp.uint8((1 << width) - 1)
 
 
 def _lane_widths(width):

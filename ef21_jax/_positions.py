@@ -46,6 +46,11 @@ class Positions(abc.ABC):
         # repeat, in all others they do not.
         return zeros.at[self.positions()].set(values)
 
+    def add_to(self, partial: jax.Array, values: jax.Array) -> jax.Array:
+        """`partial`, of any shape with `size` rows of values, and `values` added to it in place."""
+        rows = partial.reshape(self.size, *values.shape[1:])
+        return rows.at[self.positions()].add(values).reshape(partial.shape)
+
     @property
     def information(self) -> float:
         """The bits that the best code for such positions would take."""
@@ -105,6 +110,9 @@ class Mask(Positions):
         placed = values.at[_packing.ranks(self.packed, self.size)].get(mode="clip")
         mask = mask.reshape(mask.shape + (1,) * (values.ndim - 1))
         return jnp.where(mask, placed, jnp.zeros_like(placed))
+
+    def add_to(self, partial, values):
+        return partial + self.place(values).reshape(partial.shape)
 
 
 @jax.tree_util.register_dataclass

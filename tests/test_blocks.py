@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ef21_jax._blocks import Runs, Skewed, largest, total
-from ef21_jax._packing import pack_lanes, unpack_lanes
+from ef21_jax._packing import pack_lanes, separate_lanes, unpack_lanes
 
 
 SIZES = (1, 5, 16, 17, 240, 255, 4096)
@@ -93,6 +93,10 @@ def test_lanes_give_back_what_they_hold_in_as_many_bytes_as_it_takes(width):
         assert packed.shape == (2, sum(math.ceil(size * part / 8) for part in parts))
         unpacked = jax.jit(unpack_lanes, static_argnums=(1, 2))(packed, width, size)
         np.testing.assert_array_equal(unpacked, codes)
+        if width in (1, 4, 8):
+            lanes = jax.jit(separate_lanes, static_argnums=1)(packed, width)
+            assert lanes.shape == (2, 8 // width, packed.shape[1])
+            np.testing.assert_array_equal(lanes.reshape(2, -1)[:, :size], codes)
 
 
 def test_the_entries_of_a_byte_are_a_stride_apart():
