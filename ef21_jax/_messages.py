@@ -118,11 +118,17 @@ def in_turn(
     add: Callable[[jax.Array, Any], jax.Array], like: jax.ShapeDtypeStruct, messages: Any
 ) -> jax.Array:
     """`add`s to zeros of the shape and dtype of `like` each of the stacked messages, in order."""
-    # Inside `shard_map` a scan must start from a carry that varies over the axes its steps vary
-    # over. Adding a zero made of the messages gives it just those.
-    zero = jax.tree.leaves(messages)[0].ravel()[:1].astype(like.dtype) * 0
-    zeros = jnp.zeros(like.shape, like.dtype) + jnp.sum(zero)
+    zeros = zeros_for(messages, like)
     return lax.scan(lambda partial, message: (add(partial, message), None), zeros, messages)[0]
+
+
+def zeros_for(messages: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros to add `messages` to, of the shape and dtype of `like`."""
+    # Inside `shard_map` a scan must start from a carry that varies over the axes its steps vary
+    # over. Adding a zero made of the messages gives it just those. Nor will the compiler hold them
+    # from the beginning, and copy them for each that has zeros of this shape.
+    zero = jax.tree.leaves(messages)[0].ravel()[:1].astype(like.dtype) * 0
+    return jnp.zeros(like.shape, like.dtype) + jnp.sum(zero)
 
 
 @jax.tree_util.register_dataclass
