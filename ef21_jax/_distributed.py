@@ -18,8 +18,13 @@ from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._links import Links
 from ._messages import expand, is_message
+from ._packing import to_bits
+from ._repeatable import Repeatable
 from ._state import DistributedState, as_parts_of, find_state, own_parts
 from ._topologies import Gather, Topology
+
+
+_TOGETHER = 4  # arrays in one reduction: of a stack its gradients, messages, momenta, estimates
 
 
 class Distributed(optax.GradientTransformationExtraArgs):
@@ -137,9 +142,25 @@ def distribute(
             updates, state.worker, widen(params), **keys, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
-        finite = _all_finite((updates, expand(messages), proposed), _axes.worker_count(axis_name))
+        arrays = expand(messages)
+        finite = _all_finite((updates, arrays, proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        mean = _mean(messages, finite, topology, links)
+        sent = _or_zero(finite, arrays)
+        if isinstance(worker, Repeatable):
+            # Once more, so that what was proposed need not be held until it is known whether it is
+            # finite. Of other operands, since of the same the compiler would find the same arrays.
+            _, proposed = worker.update(
+                _or_zero(finite, updates),
+                state.worker,
+                widen(params),
+                sent=sent,
+                **keys,
+                **extra_args,
+            )
+        if _axes.names(axis_name):
+            mean = _topologies.average(topology, _silenced(finite, messages), links)
+        else:
+            mean = sent
         return mean, _select(finite, proposed, state.worker), rejected
 
     def update(updates, state, params=None, **extra_args):
@@ -226,34 +247,52 @@ def _worker_keys(key, index):
     }
 
 
-def _silenced(finite, message):
-    """`message` where `finite`, else one that stands for zero."""
-    if is_message(message) and message.summable:
-        # What is not the addend is no worker's own: it is needed to decode the others' sum.
-        addend = message.addend()
-        return message.with_addend(jnp.where(finite, addend, jnp.zeros_like(addend)))
-    # All-zero leaves stand for zero, whatever the kind of message.
-    return _select(finite, message, optax.tree.zeros_like(message))
+def _silenced(finite, messages):
+    """`messages` where `finite`, else such as stand for zero."""
 
+    def silence(node):
+        if is_message(node) and node.summable:
+            # What is not the addend is no worker's own: it is needed to decode the others' sum.
+            return node.with_addend(_or_zero(finite, node.addend()))
+        # All-zero leaves stand for zero, whatever the kind of message.
+        return _or_zero(finite, node)
 
-def _mean(messages, finite, topology, links):
-    """The mean of all workers' messages, as arrays of this owner. Those not `finite` are zero."""
-    if not _axes.names(links.axis_name):
-        # What the worker has expanded already, to know its own estimate.
-        arrays = expand(messages)
-        return _select(finite, arrays, optax.tree.zeros_like(arrays))
-    silenced = jax.tree.map(lambda node: _silenced(finite, node), messages, is_leaf=is_message)
-    return _topologies.average(topology, silenced, links)
+    return jax.tree.map(silence, messages, is_leaf=is_message)
 
 
 def _all_finite(tree, num_workers):
     """Whether every float is finite, and small enough that the sum over the workers will be."""
-    finite = [  # a maximum is NaN where one entry is
-        jnp.max(jnp.abs(leaf), initial=0.0) <= jnp.finfo(leaf.dtype).max / (2 * num_workers)
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
+    alike: dict[Any, list[jax.Array]] = {}
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            alike.setdefault((leaf.shape, leaf.dtype), []).append(leaf)
+    finite = []
+    for (_, dtype), leaves in alike.items():
+        limit = _size(jnp.asarray(jnp.finfo(dtype).max / (2 * num_workers), dtype))
+        for start in range(0, len(leaves), _TOGETHER):
+            sizes = _largest_sizes(leaves[start : start + _TOGETHER])
+            finite += [size <= limit for size in sizes]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def _size(x):
+    """The bits of the magnitude, which order as magnitudes do, with NaN the largest of all."""
+    return to_bits(x) << 1
+
+
+def _largest_sizes(leaves):
+    """The largest `_size` in each of some arrays of one shape and dtype.
+
+    In one reduction, of integers: it reads what the arrays are made of, and they are not made.
+    """
+    sizes = tuple(_size(leaf) for leaf in leaves)
+    zeros = tuple(size.dtype.type(0) for size in sizes)
+    axes = tuple(range(sizes[0].ndim))
+    return lax.reduce(sizes, zeros, lambda a, b: tuple(map(lax.max, a, b)), axes)
+
+
+def _or_zero(finite, tree):
+    return _select(finite, tree, optax.tree.zeros_like(tree))
 
 
 def _select(chosen, new, old):

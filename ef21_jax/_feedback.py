@@ -19,6 +19,7 @@ from jax import lax
 from ._compressors import Compressor
 from ._dtypes import rounded
 from ._messages import expand
+from ._repeatable import Repeatable
 from ._settings import Setting, per_leaf
 
 
@@ -31,8 +32,16 @@ class ErrorFeedback(NamedTuple):
       server: turns the mean of the expanded messages into an estimate of the gradient.
     """
 
-    worker: optax.GradientTransformationExtraArgs
+    worker: Repeatable
     server: optax.GradientTransformationExtraArgs
+
+    def after(self, *before: optax.GradientTransformation) -> Repeatable:
+        """`optax.chain(*before, worker)`, which `distribute` can run in less memory.
+
+        Args:
+          before: what the gradient goes through first, as `worker_momentum`; it sends nothing.
+        """
+        return Repeatable(*optax.chain(*before, self.worker))
 
 
 def compress(
@@ -69,8 +78,12 @@ def compress(
     return treedef.unflatten(messages)
 
 
-def _of_compress(extra_args):
-    return {name: extra_args[name] for name in ("shared_key", "choose") if name in extra_args}
+def _messages(compressors, tree, key, extra_args):
+    """What `tree` is sent as, or what it was sent as."""
+    if "sent" in extra_args:
+        return extra_args["sent"]
+    wanted = {name: extra_args[name] for name in ("shared_key", "choose") if name in extra_args}
+    return compress(compressors, tree, key, **wanted)
 
 
 class EF21State(NamedTuple):
@@ -93,7 +106,7 @@ def ef21(compressors: Setting) -> ErrorFeedback:
     def send(updates, state, params=None, *, key, **extra_args):
         del params
         change = optax.tree.sub(updates, state.estimate)
-        messages = compress(compressors, change, key, **_of_compress(extra_args))
+        messages = _messages(compressors, change, key, extra_args)
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def receive(updates, state, params=None, **extra_args):
@@ -102,7 +115,7 @@ def ef21(compressors: Setting) -> ErrorFeedback:
         return estimate, EF21State(estimate)
 
     return ErrorFeedback(
-        worker=optax.GradientTransformationExtraArgs(init, send),
+        worker=Repeatable(init, send),
         server=optax.GradientTransformationExtraArgs(init, receive),
     )
 
@@ -123,11 +136,11 @@ def ef14(compressors: Setting) -> ErrorFeedback:
     def send(updates, state, params=None, *, key, **extra_args):
         del params
         target = optax.tree.add(state.residual, updates)
-        messages = compress(compressors, target, key, **_of_compress(extra_args))
+        messages = _messages(compressors, target, key, extra_args)
         return messages, ResidualState(optax.tree.sub(target, expand(messages)))
 
     server = optax.with_extra_args_support(optax.identity())
-    return ErrorFeedback(optax.GradientTransformationExtraArgs(init, send), server)
+    return ErrorFeedback(Repeatable(init, send), server)
 
 
 def no_feedback(compressors: Setting) -> ErrorFeedback:
@@ -139,11 +152,10 @@ def no_feedback(compressors: Setting) -> ErrorFeedback:
 
     def send(updates, state, params=None, *, key, **extra_args):
         del params
-        return compress(compressors, updates, key, **_of_compress(extra_args)), state
+        return _messages(compressors, updates, key, extra_args), state
 
     server = optax.with_extra_args_support(optax.identity())
-    worker = optax.GradientTransformationExtraArgs(init, send)
-    return ErrorFeedback(worker, server)
+    return ErrorFeedback(Repeatable(init, send), server)
 
 
 def ef21_p(compressors: Setting) -> optax.GradientTransformationExtraArgs:

@@ -142,9 +142,8 @@ def ef21_muon(
     def assemble(up, down, norms, topology):
         feedback = ef21(up)
         return distribute(
-            worker=optax.chain(
+            worker=feedback.after(  # R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
                 worker_momentum(momentum),  # M_j ← (1 − β) M_j + β ∇f_j(W; ξ_j)
-                feedback.worker,  # R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
             ),
             server=optax.chain(
                 feedback.server,  # G ← G + mean_j R_j
@@ -364,7 +363,7 @@ def _euclidean(mechanism, before, step, uplink, downlink, axis_name, seed):
     def assemble(up, down, topology):
         feedback = mechanism(up)
         return distribute(
-            worker=optax.chain(*before, feedback.worker),
+            worker=feedback.after(*before),
             server=optax.chain(feedback.server, step),
             downlink=None if downlink == Identity() else ef21_p(down),
             axis_name=axis_name,

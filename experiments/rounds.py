@@ -74,7 +74,7 @@ def _optimizer(method, lane):
     rates = optax.stateless(lambda steps, _: tuple(map(jnp.multiply, lane.rates, steps)))
     momentum = [ef21.worker_momentum(lane.decays)] if method.noisy else []
     return ef21.distribute(
-        worker=optax.chain(*momentum, feedback.worker),
+        worker=feedback.after(*momentum),
         server=optax.chain(feedback.server, step(method.norms, 1.0), rates),
         downlink=None if method.downlinks is None else ef21.ef21_p(method.downlinks),
         axis_name="workers",

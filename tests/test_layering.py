@@ -47,6 +47,7 @@ ORDER = [
     "_norms",
     "_matrix_norms",
     "_layers",
+    "_repeatable",
     "_feedback",
     "_distributed",
     "_grouped",
