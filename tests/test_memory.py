@@ -86,3 +86,34 @@ def test_the_state_that_is_made_twice_is_that_made_once_bit_for_bit(mechanism, u
         assert state.rejected == 1
         carries.append((params, state))
     jax.tree.map(np.testing.assert_array_equal, *carries)
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_the_guard_has_nothing_compressed_twice(repeatable, monkeypatch):
+    compressed = []
+
+    def compress(self, x, key):
+        compressed.append(x.shape)
+        return ef21.Identity().compress(x, key)
+
+    monkeypatch.setattr(ef21.TopK, "compress", compress)
+    feedback, momentum = ef21.ef21(ef21.TopK(0.1)), ef21.worker_momentum(0.7)
+    chained = optax.chain(momentum, feedback.worker)
+    tx = ef21.distribute(feedback.after(momentum) if repeatable else chained, optax.sgd(0.1))
+    params = [jnp.zeros(shape) for shape in SHAPES]
+    jax.eval_shape(tx.update, params, tx.init(params), params)
+    assert compressed == list(SHAPES)
+
+
+def test_a_worker_of_the_users_own_is_asked_once_and_needs_not_know_of_it():
+    asked = []
+
+    def update(updates, state, params=None, **extra_args):
+        asked.append(sorted(extra_args))
+        return updates, state
+
+    worker = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = ef21.distribute(worker, optax.sgd(0.1))
+    params = [jnp.zeros(shape) for shape in SHAPES]
+    tx.update(params, tx.init(params), params)
+    assert asked == [["key", "shared_key"]]
