@@ -87,7 +87,7 @@ def nanogpt_picture(path):
 def sweep_picture(path):
     """Final test loss against the learning rate, a curve a method; returns the picture's path."""
     _, cells = records.read_lines(path)
-    figure = Figure(figsize=(5.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     for method in methods:
@@ -105,7 +105,7 @@ def sweep_picture(path):
     axis.set_ylabel("final test loss (nats per token)")
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", frameon=False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=7)
     return save(figure, pathlib.Path(path).with_suffix(".png"))
 
 
