@@ -69,6 +69,7 @@ from ._norms import (
     Sign as Sign,
 )
 from ._optimizers import (
+    DEFAULT_UPLINK as DEFAULT_UPLINK,
     compressed_sgd as compressed_sgd,
     ef14_sgd as ef14_sgd,
     ef21_muon as ef21_muon,

@@ -261,7 +261,8 @@ def test_without_compression_it_is_gluon_on_the_mean_gradient_for_any_number_of_
     problem = problem_of(3, 6)
     kwargs = dict(momentum=0.9, rules=RULES)
     paper_X, _, _ = algorithm_3(problem, ef21.Identity(), ef21.Identity(), 0.9)
-    many, _, _ = train(ef21.ef21_muon(LEARNING_RATE, axis_name="workers", **kwargs), problem)
+    identity = ef21.ef21_muon(LEARNING_RATE, uplink=ef21.Identity(), axis_name="workers", **kwargs)
+    many, _, _ = train(identity, problem)
     plain, _, _ = train(ef21.gluon(LEARNING_RATE, axis_name="workers", **kwargs), problem)
     alone, _, _ = train(ef21.gluon(LEARNING_RATE, **kwargs), problem, axis_name=None)
     for W in (many, plain, alone):

@@ -51,7 +51,7 @@ def _ef21_muon(**compressors):
 
 
 METHODS = {
-    "uncompressed": _ef21_muon(),
+    "uncompressed": _ef21_muon(uplink=ef21.Identity()),
     "gluon": ef21.gluon(LEARNING_RATE, momentum=MOMENTUM),
     "block": _ef21_muon(
         uplink=ef21.BlockTopK() >> ef21.BlockNatural(), downlink=ef21.BlockNatural()
