@@ -63,6 +63,11 @@ OWN = {
     "rank25_4bit_both": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, NATURAL_4BIT),
     "top20_4bit_both": Recipe(ef21.TopK(0.20) >> NATURAL_4BIT, NATURAL_4BIT),
     "block16_both": Recipe(BLOCK, NATURAL_4BIT),
+    # What is sent later averages over time as momentum does: so there can be less of that.
+    "rank25_4bit_m80": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, momentum=0.8),
+    "rank10_4bit_m80": Recipe(ef21.RankK(0.10) >> NATURAL_4BIT, momentum=0.8),
+    "rank25_4bit_both_m80": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, NATURAL_4BIT, momentum=0.8),
+    "uncompressed_m80": Recipe(momentum=0.8),
 }
 BASELINES = {
     "adamw": Recipe(feedback="none", step="adamw", momentum=0.0),
