@@ -339,6 +339,7 @@ def test_the_report_on_bytes_gives_the_worst_ratios(tmp_path, capsys):
     assert (tmp_path / "wire_bytes.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_scaling_end_to_end(tmp_path, capsys):
     path = tmp_path / "scaling.json"
     scaling.main(f"--turns 1 --workers 2 4 --layers 4 --width 16 --json {path}".split())

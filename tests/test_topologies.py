@@ -120,13 +120,19 @@ def mesh_of(*axes, types=AxisType.Auto):
 
 
 @pytest.mark.parametrize(
-    "workers", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW), 8]
+    ("workers", "pairs"),
+    [
+        (2, False),
+        (8, False),
+        *(pytest.param(*case, marks=SLOW) for case in ((1, False), (4, False), (8, True))),
+    ],
+    ids=["2", "8", "1", "4", "8 with every pair"],
 )
-def test_a_sharded_server_takes_the_steps_of_one_that_all_repeat(workers):
+def test_a_sharded_server_takes_the_steps_of_one_that_all_repeat(workers, pairs):
     # Leaves of all kinds but one that is cut, since its pieces are compressed each by itself; and
-    # in one of the programs every pair of compressors, on five layers each.
+    # every pair of compressors, on five layers each.
     params = {"all": tree([name for name in SHAPES if name != "table"])}
-    pairs = {"all": PAIR} | {repr(pair): pair for pair in PAIRS if workers == 8}
+    pairs = {"all": PAIR} | {repr(pair): pair for pair in PAIRS if pairs}
     params |= {name: tree(("hidden",)) for name in pairs if name != "all"}
     ups, downs = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
     runs = []
