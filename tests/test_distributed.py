@@ -28,7 +28,10 @@ UPLINKS = [
     ef21.RankK(0.4) >> ef21.Natural(),
     ef21.RandK(0.3, shared=True),
 ]
-COMPRESSED = UPLINKS[2:]
+# Where a compressor is one more of a kind, the slow run has it.
+_SLOW = (pytest.mark.slow,)
+UPLINKS_OF_KINDS = [*UPLINKS[:3], *(pytest.param(u, marks=_SLOW) for u in UPLINKS[3:])]
+COMPRESSED = [UPLINKS[2], *(pytest.param(u, marks=_SLOW) for u in UPLINKS[3:])]
 
 
 def loss(params, batch):
@@ -79,7 +82,7 @@ def agree(actual, expected, tolerance=1e-6):
         np.testing.assert_allclose(a, b, tolerance, tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("uplink", UPLINKS, ids=repr)
+@pytest.mark.parametrize("uplink", UPLINKS_OF_KINDS, ids=repr)
 def test_devices_agree_with_lanes(uplink):
     tx, mesh = optimizer(uplink, "workers"), mesh_of(NUM_WORKERS)
     step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))

@@ -562,14 +562,8 @@ def test_every_recipe_is_an_optimizer_of_the_paper_model(name):
     assert jax.eval_shape(tx.init, params)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "top15_natural_adamw",
-        pytest.param("powersgd_adamw", marks=pytest.mark.slow),
-        pytest.param("sign_ef14", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["top15_natural_adamw", "powersgd_adamw", "sign_ef14"])
 def test_baselines_learn(name, prose):
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         *_, last = found = list(training.train(TINY_RUN, name, corpora.load(prose)))

@@ -84,7 +84,9 @@ def test_every_compressors_bytes_travel_both_ways_as_the_ledger_says(optimized):
         assert all(dtype.startswith("f" if summed else "u") for dtype in row.dtypes)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=repr)
+@pytest.mark.parametrize(
+    "topology", [pytest.param(TOPOLOGIES[0], marks=pytest.mark.slow), TOPOLOGIES[1]], ids=repr
+)
 def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized):
     tx = muon(topology)
     found = ef21.ledger.audit(compiled(tx, FOUR), tx, PARAMS, mesh=FOUR)
@@ -98,8 +100,8 @@ def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized
 @pytest.mark.parametrize(
     ("kind", "topology"),
     [
-        ("mean", ef21.Sharded(2)),
         ("compiler", ef21.Sharded(2)),
+        pytest.param("mean", ef21.Sharded(2), marks=pytest.mark.slow),
         pytest.param("mean", ef21.Gather(), marks=pytest.mark.slow),
         pytest.param("compiler", ef21.Gather(), marks=pytest.mark.slow),
     ],
