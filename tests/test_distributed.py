@@ -139,7 +139,7 @@ def test_gradients_that_were_summed_already_are_an_error_that_says_what_to_do():
 
 
 def test_a_single_worker_needs_no_axis():
-    tx, lanes = optimizer(COMPRESSED[0], None), optimizer(COMPRESSED[0], "workers")
+    tx, lanes = optimizer(UPLINKS[2], None), optimizer(UPLINKS[2], "workers")
     batch = jax.tree.map(lambda x: x[0], BATCH)
     alone = run(jax.jit(one_worker(tx)), PARAMS, tx.init(PARAMS), batch)
     step = jax.jit(ef21.spmd(one_worker(lanes)))
@@ -202,7 +202,7 @@ def test_without_compression_an_all_reduce_carries_the_gradient(optimized):
 
 
 def test_a_second_step_does_not_compile_again_and_donation_is_taken():
-    tx, mesh = optimizer(COMPRESSED[0], "workers"), mesh_of(NUM_WORKERS)
+    tx, mesh = optimizer(UPLINKS[2], "workers"), mesh_of(NUM_WORKERS)
     step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh), donate_argnums=(0, 1))
     state = ef21.replicate(tx.init(PARAMS), NUM_WORKERS, mesh=mesh)
     batch = jax.device_put(batch_of(NUM_WORKERS), NamedSharding(mesh, P("workers")))
@@ -214,7 +214,7 @@ def test_a_second_step_does_not_compile_again_and_donation_is_taken():
 
 
 def test_ten_thousand_steps_compile_once_count_exactly_and_leave_the_device_alone():
-    tx = optimizer(COMPRESSED[1], "workers")
+    tx = optimizer(UPLINKS[3], "workers")
     step = jax.jit(ef21.spmd(one_worker(tx)), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
     carry = (params, ef21.replicate(tx.init(params), 2))
