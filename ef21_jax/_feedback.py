@@ -8,6 +8,7 @@ that the workers hold, X − W obeys just EF14's recursion, so X is never stored
 Everything here is one worker's or the server's own arithmetic: nothing communicates.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,12 +93,23 @@ class EF21State(NamedTuple):
     estimate: optax.Updates
 
 
-def ef21(compressors: Setting) -> ErrorFeedback:
+def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> ErrorFeedback:
     """EF21 (Richtárik, Sokolov, Fatkhullin 2021): R_j = C(M_j − G_j), G_j ← G_j + R_j.
 
     Estimates start at zero, so the first message is C(M_j), as in paper M, Theorem 6, and paper
     N, Algorithm 1; `warm_start` gives the exact start of paper M, Algorithm 2.
+
+    Args:
+      compressors: a compressor, a prefix tree of them, or a function from the tree to one of these.
+      extrapolation: κ >= 0. The server hands on G + κ R, with R the mean of the messages, and keeps
+        G: no byte and no state more. The papers have 0, and their theorems are for it. G comes
+        late, by what was withheld; were C(x) = αx, κ = 1/α − 1 would undo it. With `Identity` on
+        momenta of decay κ this is Nesterov's momentum.
+
+    Raises:
+      ValueError: for an extrapolation that is negative or not finite.
     """
+    check_extrapolation(extrapolation)
 
     def init(params):
         per_leaf(compressors, params, Compressor)  # an error as early as can be
@@ -112,7 +124,12 @@ def ef21(compressors: Setting) -> ErrorFeedback:
     def receive(updates, state, params=None, **extra_args):
         del params, extra_args
         estimate = optax.tree.add(state.estimate, updates)
-        return estimate, EF21State(estimate)
+        if isinstance(extrapolation, int | float) and extrapolation == 0:
+            return estimate, EF21State(estimate)
+        ahead = jax.tree.map(
+            lambda g, r: g + jnp.asarray(extrapolation, r.dtype) * r, estimate, updates
+        )
+        return ahead, EF21State(estimate)
 
     return ErrorFeedback(
         worker=Repeatable(init, send),
@@ -224,3 +241,9 @@ def check_decay(decay: float | jax.Array) -> None:
     """Raises a `ValueError` for a momentum outside of [0, 1), unless it is traced."""
     if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
         raise ValueError(f"`decay` (momentum) must lie in [0, 1), got {decay}.")
+
+
+def check_extrapolation(extrapolation: float | jax.Array) -> None:
+    """Raises a `ValueError` for one that is negative or not finite, unless it is traced."""
+    if not isinstance(extrapolation, jax.Array) and not 0 <= extrapolation < math.inf:
+        raise ValueError(f"`extrapolation` must lie in [0, ∞), got {extrapolation}.")

@@ -118,6 +118,7 @@ def ef21_muon(
     momentum: float | jax.Array = 0.9,
     uplink: Setting = DEFAULT_UPLINK,
     downlink: Setting = Identity(),
+    extrapolation: float | jax.Array = 0.0,
     rules: tuple[Rule, ...] = SCION_RULES,
     weight_decay: float | jax.Array = 0.0,
     axis_name: AxisName = None,
@@ -134,6 +135,8 @@ def ef21_muon(
         where the rules say `compress`; vectors go as they are.
       downlink: likewise of the server's. `Identity()` keeps no residual: then W = X. Where the
         server is sharded and it travels, `BlockNatural()` is a good choice.
+      extrapolation: κ of `ef21`: the step is taken from G + κ mean_j R_j. 0 is the paper's; 2 makes
+        up for much of what compression delays (experiments/results/gpt.md).
       rules: the layers' norms and scales, see `routes`.
       weight_decay: decoupled, times the learning rate; acts on the server's model X.
       axis_name: the axis over which the workers are mapped; None for a single one.
@@ -148,13 +151,13 @@ def ef21_muon(
     """
 
     def assemble(up, down, norms, topology):
-        feedback = ef21(up)
+        feedback = ef21(up, extrapolation=extrapolation)
         return distribute(
             # M_j ← (1 − β) M_j + β ∇f_j(W; ξ_j), and then R_j = C_j(M_j − G_j),  G_j ← G_j + R_j
             worker=feedback.after(worker_momentum(momentum)),
             server=optax.chain(
-                feedback.server,  # G ← G + mean_j R_j
-                lmo_step(norms, learning_rate, weight_decay=weight_decay),  # X ← X + t LMO(G)
+                feedback.server,  # G ← G + mean_j R_j, and a step from G + κ mean_j R_j
+                lmo_step(norms, learning_rate, weight_decay=weight_decay),  # X ← X + t LMO(·)
             ),
             downlink=None if downlink == Identity() else ef21_p(down),  # S = C(X − W),  W ← W + S
             axis_name=axis_name,

@@ -6,6 +6,7 @@ step share; the multiples are found by `experiments.sweep`.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import optax
@@ -23,6 +24,7 @@ class Recipe:
     feedback: Literal["ef21", "ef14", "none"] = "ef21"
     step: Literal["lmo", "adamw"] = "lmo"
     momentum: float = 0.9  # of the workers: the weight of the old gradients
+    extrapolation: float = 0.0  # of EF21's estimate, see `ef21.ef21`
     paper_bytes: bool = False  # counted as in the paper: 16 bits a Natural value
 
     @property
@@ -32,6 +34,7 @@ class Recipe:
 
 
 NATURAL_4BIT = ef21.BlockNatural()
+RANK10, RANK15, RANK25 = (ef21.RankK(share) >> NATURAL_4BIT for share in (0.10, 0.15, 0.25))
 BLOCK = ef21.BlockTopK() >> NATURAL_4BIT  # the largest of every 16, half a bit a parameter
 
 # "identity" is the name of a compressor in the table, here of a run.
@@ -49,10 +52,10 @@ OWN = {
     "top10_4bit": Recipe(ef21.TopK(0.10) >> NATURAL_4BIT),
     "top15_4bit": Recipe(ef21.TopK(0.15) >> NATURAL_4BIT),
     "top20_4bit": Recipe(ef21.TopK(0.20) >> NATURAL_4BIT),
-    "rank10_4bit": Recipe(ef21.RankK(0.10) >> NATURAL_4BIT),
-    "rank15_4bit": Recipe(ef21.RankK(0.15) >> NATURAL_4BIT),
+    "rank10_4bit": Recipe(RANK10),
+    "rank15_4bit": Recipe(RANK15),
     "rank20_4bit": Recipe(ef21.RankK(0.20) >> NATURAL_4BIT),
-    "rank25_4bit": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT),
+    "rank25_4bit": Recipe(RANK25),
     "rank30_4bit": Recipe(ef21.RankK(0.30) >> NATURAL_4BIT),
     "natural_4bit": Recipe(NATURAL_4BIT),
     "natural_3bit": Recipe(ef21.BlockNatural(3, 64)),
@@ -60,14 +63,19 @@ OWN = {
     "sign": Recipe(ef21.ScaledSign()),
     # Four bits a parameter back.
     "uncompressed_natural_4bit": Recipe(downlink=NATURAL_4BIT),
-    "rank25_4bit_both": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, NATURAL_4BIT),
+    "rank25_4bit_both": Recipe(RANK25, NATURAL_4BIT),
     "top20_4bit_both": Recipe(ef21.TopK(0.20) >> NATURAL_4BIT, NATURAL_4BIT),
     "block16_both": Recipe(BLOCK, NATURAL_4BIT),
     # What is sent later averages over time as momentum does: so there can be less of that.
-    "rank25_4bit_m80": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, momentum=0.8),
-    "rank10_4bit_m80": Recipe(ef21.RankK(0.10) >> NATURAL_4BIT, momentum=0.8),
-    "rank25_4bit_both_m80": Recipe(ef21.RankK(0.25) >> NATURAL_4BIT, NATURAL_4BIT, momentum=0.8),
+    "rank25_4bit_m80": Recipe(RANK25, momentum=0.8),
+    "rank10_4bit_m80": Recipe(RANK10, momentum=0.8),
+    "rank25_4bit_both_m80": Recipe(RANK25, NATURAL_4BIT, momentum=0.8),
     "uncompressed_m80": Recipe(momentum=0.8),
+    # Or the step is taken ahead of what was sent: EF21's estimate is late, and so is momentum.
+    "uncompressed_nesterov": Recipe(extrapolation=0.9),
+    "rank25_4bit_both_x2": Recipe(RANK25, NATURAL_4BIT, extrapolation=2.0),
+    "rank15_4bit_both_x2": Recipe(RANK15, NATURAL_4BIT, extrapolation=2.0),
+    "rank10_4bit_both_x2": Recipe(RANK10, NATURAL_4BIT, extrapolation=2.0),
 }
 BASELINES = {
     "adamw": Recipe(feedback="none", step="adamw", momentum=0.0),
@@ -103,7 +111,7 @@ def optimizer(
 ) -> ef21.Distributed:
     """The optimizer of a recipe."""
     common = {"axis_name": axis_name, "topology": topology}
-    dense = recipe.uplink == recipe.downlink == ef21.Identity()
+    dense = recipe.uplink == recipe.downlink == ef21.Identity() and not recipe.extrapolation
     if recipe.step == "lmo" and recipe.feedback == "ef21" and dense:
         return ef21.gluon(learning_rate, momentum=recipe.momentum, rules=rules, **common)
     if recipe.step == "lmo" and recipe.feedback == "ef21":
@@ -112,11 +120,13 @@ def optimizer(
             momentum=recipe.momentum,
             uplink=recipe.uplink,
             downlink=recipe.downlink,
+            extrapolation=recipe.extrapolation,
             rules=rules,
             seed=seed,
             **common,
         )
-    mechanism = {"ef21": ef21.ef21, "ef14": ef21.ef14, "none": ef21.no_feedback}[recipe.feedback]
+    ef21_ahead = functools.partial(ef21.ef21, extrapolation=recipe.extrapolation)
+    mechanism = {"ef21": ef21_ahead, "ef14": ef21.ef14, "none": ef21.no_feedback}[recipe.feedback]
     momentum = [ef21.worker_momentum(recipe.momentum)] if recipe.momentum else []
 
     def assemble(up, norms, topology):

@@ -139,19 +139,23 @@ def algorithm_2(X, G_j, grad, *, t, LMO, C_j, C, K):
         yield list(X), list(W), list(G)
 
 
-def algorithm_3(X, M, G_j, grad, *, t, beta, LMO, C_j, C, K, shrink=lambda k: 0.0):
+def algorithm_3(X, M, G_j, grad, *, t, beta, LMO, C_j, C, K, shrink=lambda k: 0.0, kappa=0.0):
     """EF21-Muon, layer by layer, with momentum.
 
-    `shrink` is not in the box: decoupled weight decay, X ← (1 − shrink) X + t LMO(G).
+    Two are not in the box: `shrink`, decoupled weight decay, X ← (1 − shrink) X + t LMO(G), and
+    `kappa`, extrapolation: the LMO of G^k + kappa (G^k − G^{k-1}), with G^{-1} = 0.
     """
     n, p = len(G_j), len(X)
     X, W = list(X), list(X)
     M = [list(m) for m in M]
     G_j = [list(G) for G in G_j]
     G = [sum(G_j[j][i] for j in range(n)) / n for i in range(p)]
+    before = [np.zeros_like(g) for g in G]
     for k in range(K):
         for i in range(p):  # 3
-            X[i] = (1 - shrink(k)) * X[i] + t[i](k) * LMO[i](G[i])  # 4
+            ahead = G[i] + kappa * (G[i] - before[i])
+            before[i] = G[i]
+            X[i] = (1 - shrink(k)) * X[i] + t[i](k) * LMO[i](ahead)  # 4
             S = C[i](X[i] - W[i])  # 5
             W[i] = W[i] + S  # 6
         for j in range(n):  # 9
@@ -163,6 +167,17 @@ def algorithm_3(X, M, G_j, grad, *, t, beta, LMO, C_j, C, K, shrink=lambda k: 0.
         for i in range(p):  # 18
             G[i] = sum(G_j[j][i] for j in range(n)) / n  # 19
         yield list(X), list(W), list(G)
+
+
+def nesterov(X, grad, *, n, t, decay, LMO, K):
+    """LMO steps from Nesterov's momentum, as Muon has it (Jordan 2024), on the mean gradient."""
+    X, M = list(X), None
+    for k in range(K):
+        g = [sum(layer) / n for layer in zip(*(grad(j, k, X) for j in range(n)), strict=True)]
+        M = g if M is None else [decay * m + (1 - decay) * a for m, a in zip(M, g, strict=True)]
+        for i in range(len(X)):
+            X[i] = X[i] + t[i](k) * LMO[i](decay * M[i] + (1 - decay) * g[i])
+        yield list(X)
 
 
 # Paper N. --------------------------------------------------------------------------------------

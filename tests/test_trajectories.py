@@ -254,6 +254,26 @@ def test_a_schedule_sets_the_radius_of_each_step_and_weight_decay_acts_on_the_se
     assert_same_path(X, paper_X)
 
 
+@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(3)], ids=repr)
+def test_an_extrapolated_step_is_taken_from_the_last_change_ahead_of_the_estimate(topology):
+    problem = problem_of(3)
+    tx = ef21.ef21_muon(
+        LEARNING_RATE,
+        momentum=0.6,
+        uplink=UP_2,
+        downlink=DOWN_2,
+        extrapolation=1.5,
+        rules=RULES,
+        axis_name="workers",
+        topology=topology,
+    )
+    W, X, state = train(tx, problem)
+    paper_X, paper_W, paper_G = algorithm_3(problem, UP_2, DOWN_2, 0.6, kappa=1.5)
+    assert_same_path(W, paper_W)
+    assert_same_path(X, paper_X)
+    assert ef21.check_invariant(state) < 1e-12, "what is kept is the estimate itself"
+
+
 # Without compression. ----------------------------------------------------------------------------
 
 
@@ -267,6 +287,40 @@ def test_without_compression_it_is_gluon_on_the_mean_gradient_for_any_number_of_
     alone, _, _ = train(ef21.gluon(LEARNING_RATE, **kwargs), problem, axis_name=None)
     for W in (many, plain, alone):
         assert_same_path(W, paper_X)
+
+
+def test_extrapolation_undoes_what_every_message_withholds():
+    """C(x) = x / 4 leaves out three times what it sends, and that is added to the estimate."""
+    problem = problem_of(3, 6)
+    kwargs = dict(momentum=0.9, rules=RULES, axis_name="workers")
+    quarter = dict.fromkeys(SHAPES, ef21.Damping(0.25))
+    ahead = ef21.ef21_muon(LEARNING_RATE, uplink=quarter, extrapolation=3.0, **kwargs)
+    W, _, _ = train(ahead, problem)
+    plain, _, _ = train(ef21.gluon(LEARNING_RATE, **kwargs), problem)
+    assert_same_trees(W, plain)
+
+
+def test_a_momentum_that_is_extrapolated_by_its_decay_is_nesterovs():
+    problem = problem_of(3, 6)
+    tx = ef21.ef21_muon(
+        LEARNING_RATE,
+        momentum=0.8,
+        uplink=ef21.Identity(),
+        extrapolation=0.8,
+        rules=RULES,
+        axis_name="workers",
+    )
+    W, _, _ = train(tx, problem)
+    box = pseudocode.nesterov(
+        problem.start, problem.grad, n=3, t=radii(), decay=0.8, LMO=LMO, K=problem.steps
+    )
+    assert_same_path(W, list(box))
+
+
+@pytest.mark.parametrize("bad", [-0.5, float("inf"), float("nan")])
+def test_an_extrapolation_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match=f"`extrapolation` must lie in .* got {bad}"):
+        ef21.ef21_muon(LEARNING_RATE, extrapolation=bad)
 
 
 def test_constrained_scion_at_rate_one_ends_each_step_on_the_ball_of_its_rules():
