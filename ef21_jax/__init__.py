@@ -18,6 +18,10 @@ from ._compressors import (
     Identity as Identity,
     Natural as Natural,
 )
+from ._defaults import (
+    DEFAULT_EXTRAPOLATION as DEFAULT_EXTRAPOLATION,
+    DEFAULT_UPLINK as DEFAULT_UPLINK,
+)
 from ._distributed import (
     Distributed as Distributed,
     distribute as distribute,
@@ -69,7 +73,6 @@ from ._norms import (
     Sign as Sign,
 )
 from ._optimizers import (
-    DEFAULT_UPLINK as DEFAULT_UPLINK,
     compressed_sgd as compressed_sgd,
     ef14_sgd as ef14_sgd,
     ef21_muon as ef21_muon,

@@ -13,21 +13,15 @@ import optax
 
 from ._axes import AxisName
 from ._compressors import Compressor, Identity
+from ._defaults import DEFAULT_EXTRAPOLATION, DEFAULT_UPLINK
 from ._distributed import Distributed, distribute
 from ._feedback import check_decay, ef14, ef21, ef21_p, no_feedback, worker_momentum
 from ._grouped import grouped
-from ._low_rank import RankK
 from ._norms import Norm
 from ._polar import unit_scale
-from ._quantizers import BlockNatural
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
 from ._settings import Setting, per_leaf
 from ._topologies import Gather, Topology
-
-
-DEFAULT_UPLINK = RankK(0.25) >> BlockNatural()
-"""What `ef21_muon` sends if nothing else is asked for: two factors in four bits an entry, some 20
-times fewer bytes. The evidence is in experiments/results/gpt.md."""
 
 
 def lmo_step(
@@ -116,9 +110,9 @@ def ef21_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float | jax.Array = 0.9,
-    uplink: Setting = DEFAULT_UPLINK,
+    uplink: Setting | None = None,
     downlink: Setting = Identity(),
-    extrapolation: float | jax.Array = 0.0,
+    extrapolation: float | jax.Array | None = None,
     rules: tuple[Rule, ...] = SCION_RULES,
     weight_decay: float | jax.Array = 0.0,
     axis_name: AxisName = None,
@@ -132,11 +126,12 @@ def ef21_muon(
       learning_rate: the radius of a layer is learning_rate × its rule's scale, in its norm.
       momentum: the paper's 1 − β: the weight of the old momentum.
       uplink: compressor of the workers' messages, or a prefix tree of them. A single one is used
-        where the rules say `compress`; vectors go as they are.
+        where the rules say `compress`; vectors go as they are. None: `DEFAULT_UPLINK`.
       downlink: likewise of the server's. `Identity()` keeps no residual: then W = X. Where the
         server is sharded and it travels, `BlockNatural()` is a good choice.
-      extrapolation: κ of `ef21`: the step is taken from G + κ mean_j R_j. 0 is the paper's; 2 makes
-        up for much of what compression delays (experiments/results/gpt.md).
+      extrapolation: κ of `ef21`: the step is taken from G + κ mean_j R_j. None: 0, as in the paper,
+        for an `uplink` of your own, and `DEFAULT_EXTRAPOLATION` with the default one, which makes
+        up for much of what it delays.
       rules: the layers' norms and scales, see `routes`.
       weight_decay: decoupled, times the learning rate; acts on the server's model X.
       axis_name: the axis over which the workers are mapped; None for a single one.
@@ -149,6 +144,10 @@ def ef21_muon(
       ValueError: for parameters out of range; when first given parameters, for a leaf that no
         rule claims; and as `distribute` does.
     """
+
+    if extrapolation is None:
+        extrapolation = DEFAULT_EXTRAPOLATION if uplink is None else 0.0
+    uplink = DEFAULT_UPLINK if uplink is None else uplink
 
     def assemble(up, down, norms, topology):
         feedback = ef21(up, extrapolation=extrapolation)

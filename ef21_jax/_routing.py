@@ -15,6 +15,7 @@ import jax
 import optax
 
 from ._compressors import Compressor, Identity
+from ._defaults import DEFAULT_UPLINK
 from ._dtypes import widen
 from ._grouped import grouping_of
 from ._matrix_norms import Spectral
@@ -249,7 +250,7 @@ def routes(
     params: optax.Params,
     rules: tuple[Rule, ...] = SCION_RULES,
     *,
-    uplink: Setting = Identity(),
+    uplink: Setting | None = None,
     downlink: Setting = Identity(),
     topology: Topology = Gather(),
 ) -> Routes:
@@ -257,10 +258,12 @@ def routes(
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
+      uplink: None is `DEFAULT_UPLINK`; for `gluon`, which compresses nothing, pass `Identity()`.
 
     Raises:
       ValueError: naming every leaf that no rule claims.
     """
+    uplink = DEFAULT_UPLINK if uplink is None else uplink
     leaves = jax.tree.leaves_with_path(params)
     roles = [rule.role for rule in claim(rules, params)]
     settings = [

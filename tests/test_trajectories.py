@@ -317,6 +317,24 @@ def test_a_momentum_that_is_extrapolated_by_its_decay_is_nesterovs():
     assert_same_path(W, list(box))
 
 
+def test_the_default_recipe_is_a_compressor_and_its_extrapolation():
+    problem = problem_of(3, 6)
+
+    def path(**kwargs):
+        tx = ef21.ef21_muon(LEARNING_RATE, rules=RULES, axis_name="workers", **kwargs)
+        return train(tx, problem)[0]
+
+    up, ahead = ef21.DEFAULT_UPLINK, ef21.DEFAULT_EXTRAPOLATION
+    default = path()
+    assert_same_trees(default, path(uplink=up, extrapolation=ahead))
+    of_the_paper = path(uplink=up)
+    assert_same_trees(of_the_paper, path(extrapolation=0.0))
+    assert np.abs(default["wide/kernel"] - of_the_paper["wide/kernel"]).max() > 0.01
+    params = problem.params()
+    sent = ef21.ledger.bytes_per_step(ef21.ef21_muon(LEARNING_RATE, rules=RULES), params).up
+    assert sum(route.bytes_up for route in ef21.routes(params, RULES)) == sent
+
+
 @pytest.mark.parametrize("bad", [-0.5, float("inf"), float("nan")])
 def test_an_extrapolation_that_is_none_is_refused(bad):
     with pytest.raises(ValueError, match=f"`extrapolation` must lie in .* got {bad}"):
