@@ -26,9 +26,9 @@ from experiments import figures, plots, presets, recipes, records, sweep, traini
 class Config(sweep.Config):
     methods: tuple[training.RecipeName, ...] = (
         "uncompressed",
-        "rank15_natural",
-        "rank25_4bit_both",
-        "block16_both",
+        "rank25_4bit_both_x2",
+        "rank15_4bit_both_x3",
+        "rank10_4bit_both_x3",
     )  # the finalists; the first is what the others are compared with
     candidates: tuple[training.RecipeName, ...] = tuple(
         name for name in recipes.RECIPES if name not in ("rank15_natural_16bit",)

@@ -73,9 +73,10 @@ OWN = {
     "uncompressed_m80": Recipe(momentum=0.8),
     # Or the step is taken ahead of what was sent: EF21's estimate is late, and so is momentum.
     "uncompressed_nesterov": Recipe(extrapolation=0.9),
+    "rank25_4bit_x2": Recipe(RANK25, extrapolation=2.0),
     "rank25_4bit_both_x2": Recipe(RANK25, NATURAL_4BIT, extrapolation=2.0),
-    "rank15_4bit_both_x2": Recipe(RANK15, NATURAL_4BIT, extrapolation=2.0),
-    "rank10_4bit_both_x2": Recipe(RANK10, NATURAL_4BIT, extrapolation=2.0),
+    "rank15_4bit_both_x3": Recipe(RANK15, NATURAL_4BIT, extrapolation=3.0),
+    "rank10_4bit_both_x3": Recipe(RANK10, NATURAL_4BIT, extrapolation=3.0),
 }
 BASELINES = {
     "adamw": Recipe(feedback="none", step="adamw", momentum=0.0),
