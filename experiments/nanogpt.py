@@ -29,7 +29,7 @@ from experiments.models import gpt
 
 @dataclasses.dataclass(frozen=True)
 class Config(training.Settings):
-    methods: tuple[training.RecipeName, ...] = ("uncompressed", "rank15_natural", "top15_natural")
+    methods: tuple[training.RecipeName, ...] = ("uncompressed", "rank15_natural", "rank25_4bit_x2")
     on: Literal["lanes", "devices"] = "lanes"  # lanes of one device, or a device each
     text: str | None = None  # a file of text or tokens, or a folder; None: the standard library
     out: str = "results/nanogpt"  # folder for the record and the pictures

@@ -24,9 +24,10 @@ _STYLES = {
     "uncompressed": ("Gluon, uncompressed", "#000000", "o"),
     "rank15_natural": ("EF21-Muon, Rank15% + Natural", "#D55E00", "s"),
     "top15_natural": ("EF21-Muon, Top15% + Natural", "#0072B2", "^"),
+    "rank25_4bit_x2": ("EF21-Muon, its default", "#009E73", "D"),
 }
-_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-_MARKERS = "Dvx*P<>hX+"
+_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+_MARKERS = "vx*P<>hX+"
 _BASELINE = "uncompressed"
 _TARGET_SHARE = 0.7  # the loss to reach is the baseline's at this share of its steps
 
