@@ -14,6 +14,8 @@ import pathlib
 
 import numpy as np
 
+from experiments import records
+
 
 MAGIC, VERSION, HEADER = 20240520, 1, 1024  # the last in bytes
 _TEST_EVERY = 20  # of a single file, the last 20th is for testing
@@ -112,7 +114,8 @@ def write(path: pathlib.Path, tokens: np.ndarray) -> None:
     """Writes a token file, e.g. of text that was tokenized elsewhere."""
     header = np.zeros(HEADER // 4, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    with records.replacing(path) as temporary:
+        temporary.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
 def _tokens(path):
