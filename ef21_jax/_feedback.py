@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from ._compressors import Compressor
-from ._dtypes import rounded
+from ._dtypes import rounded, without_overflow
 from ._messages import expand
 from ._repeatable import Repeatable
 from ._settings import Setting, per_leaf
@@ -109,7 +109,7 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
     Raises:
       ValueError: for an extrapolation that is negative or not finite.
     """
-    check_extrapolation(extrapolation)
+    _check_extrapolation(extrapolation)
 
     def init(params):
         per_leaf(compressors, params, Compressor)  # an error as early as can be
@@ -121,15 +121,15 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
         messages = _messages(compressors, change, key, extra_args)
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
+    def ahead(g, r):
+        return without_overflow(g + jnp.asarray(extrapolation, r.dtype) * r, g)
+
     def receive(updates, state, params=None, **extra_args):
         del params, extra_args
         estimate = optax.tree.add(state.estimate, updates)
         if isinstance(extrapolation, int | float) and extrapolation == 0:
             return estimate, EF21State(estimate)
-        ahead = jax.tree.map(
-            lambda g, r: g + jnp.asarray(extrapolation, r.dtype) * r, estimate, updates
-        )
-        return ahead, EF21State(estimate)
+        return jax.tree.map(ahead, estimate, updates), EF21State(estimate)
 
     return ErrorFeedback(
         worker=Repeatable(init, send),
@@ -243,7 +243,7 @@ def check_decay(decay: float | jax.Array) -> None:
         raise ValueError(f"`decay` (momentum) must lie in [0, 1), got {decay}.")
 
 
-def check_extrapolation(extrapolation: float | jax.Array) -> None:
+def _check_extrapolation(extrapolation: float | jax.Array) -> None:
     """Raises a `ValueError` for one that is negative or not finite, unless it is traced."""
     if not isinstance(extrapolation, jax.Array) and not 0 <= extrapolation < math.inf:
         raise ValueError(f"`extrapolation` must lie in [0, ∞), got {extrapolation}.")

@@ -335,6 +335,15 @@ def test_the_default_recipe_is_a_compressor_and_its_extrapolation():
     assert sum(route.bytes_up for route in ef21.routes(params, RULES)) == sent
 
 
+def test_an_extrapolation_past_the_largest_float_is_still_a_direction():
+    server = ef21.ef21(ef21.Identity(), extrapolation=2.0).server
+    g = jnp.asarray([3e38, -3e38, 1.0], jnp.float32)
+    ahead, state = server.update(g, server.init(g))
+    largest = jnp.finfo(jnp.float32).max
+    np.testing.assert_array_equal(ahead, [largest, -largest, 3.0])
+    np.testing.assert_array_equal(state.estimate, g)
+
+
 @pytest.mark.parametrize("bad", [-0.5, float("inf"), float("nan")])
 def test_an_extrapolation_that_is_none_is_refused(bad):
     with pytest.raises(ValueError, match=f"`extrapolation` must lie in .* got {bad}"):
