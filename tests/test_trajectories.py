@@ -318,21 +318,26 @@ def test_a_momentum_that_is_extrapolated_by_its_decay_is_nesterovs():
 
 
 def test_the_default_recipe_is_a_compressor_and_its_extrapolation():
-    problem = problem_of(3, 6)
+    params = {"kernel": jnp.zeros((12, 20))}
+    gradients = jax.random.normal(jax.random.key(0), (3, 12, 20))
 
     def path(**kwargs):
-        tx = ef21.ef21_muon(LEARNING_RATE, rules=RULES, axis_name="workers", **kwargs)
-        return train(tx, problem)[0]
+        tx = ef21.ef21_muon(LEARNING_RATE, rules=(ef21.Rule("all", ef21.Frobenius()),), **kwargs)
+
+        def one(state, g):
+            step, state = tx.update({"kernel": g}, state, params)
+            return state, step["kernel"]
+
+        return jax.lax.scan(one, tx.init(params), gradients)[1]
 
     up, ahead = ef21.DEFAULT_UPLINK, ef21.DEFAULT_EXTRAPOLATION
     default = path()
-    assert_same_trees(default, path(uplink=up, extrapolation=ahead))
+    np.testing.assert_allclose(default, path(uplink=up, extrapolation=ahead))
     of_the_paper = path(uplink=up)
-    assert_same_trees(of_the_paper, path(extrapolation=0.0))
-    assert np.abs(default["wide/kernel"] - of_the_paper["wide/kernel"]).max() > 0.01
-    params = problem.params()
-    sent = ef21.ledger.bytes_per_step(ef21.ef21_muon(LEARNING_RATE, rules=RULES), params).up
-    assert sum(route.bytes_up for route in ef21.routes(params, RULES)) == sent
+    np.testing.assert_allclose(of_the_paper, path(extrapolation=0.0))
+    assert np.abs(default - of_the_paper).max() > 0.001
+    sent = ef21.ledger.bytes_per_step(ef21.ef21_muon(LEARNING_RATE), params).up
+    assert sum(route.bytes_up for route in ef21.routes(params)) == sent < 12 * 20
 
 
 def test_an_extrapolation_past_the_largest_float_is_still_a_direction():
