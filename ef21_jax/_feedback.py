@@ -21,7 +21,7 @@ from ._compressors import Compressor
 from ._dtypes import rounded, without_overflow
 from ._messages import expand
 from ._repeatable import Repeatable
-from ._settings import Setting, per_leaf
+from ._settings import Setting, is_zero, per_leaf
 
 
 class ErrorFeedback(NamedTuple):
@@ -127,7 +127,7 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
     def receive(updates, state, params=None, **extra_args):
         del params, extra_args
         estimate = optax.tree.add(state.estimate, updates)
-        if isinstance(extrapolation, int | float) and extrapolation == 0:
+        if is_zero(extrapolation):
             return estimate, EF21State(estimate)
         return jax.tree.map(ahead, estimate, updates), EF21State(estimate)
 

@@ -20,7 +20,7 @@ from ._grouped import grouped
 from ._norms import Norm
 from ._polar import unit_scale
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
-from ._settings import Setting, per_leaf
+from ._settings import Setting, is_zero, per_leaf
 from ._topologies import Gather, Topology
 
 
@@ -76,13 +76,9 @@ def _of_each(norms, oracle):
 
 def _step(direction, learning_rate, weight_decay=0.0):
     """`direction`, to be added, with decoupled weight decay, times the learning rate."""
-    decay = [] if _is_zero(weight_decay) else [optax.add_decayed_weights(-weight_decay)]
+    decay = [] if is_zero(weight_decay) else [optax.add_decayed_weights(-weight_decay)]
     scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
     return optax.chain(direction, *decay, scale)
-
-
-def _is_zero(x):
-    return isinstance(x, int | float) and x == 0
 
 
 def normalize() -> optax.GradientTransformation:

@@ -41,3 +41,8 @@ def per_leaf(setting: Setting, tree: Any, kind: type) -> list:
                 f"{kind.__name__}, or a tree of them that is a prefix of the parameters."
             )
     return values
+
+
+def is_zero(x: Any) -> bool:
+    """Whether `x` is zero for sure: a traced or a scheduled value may become something else."""
+    return isinstance(x, int | float) and x == 0

@@ -153,7 +153,7 @@ def about(runs, base):
     """Whose figure it is, and what it rests on."""
     return {
         "method": runs[0]["method"],
-        "seeds": [run["seed"] for run in runs],
+        "seeds": sorted(run["seed"] for run in runs),
         "loss": mean_loss(runs),
         "spread": spread(runs),
         "lr_multiplier": runs[0]["lr_multiplier"],

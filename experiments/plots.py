@@ -90,11 +90,10 @@ def sweep_picture(path):
     _, cells = records.read_lines(path)
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    for method in methods:
-        label, color, marker = style(method, methods)
-        losses = mean_losses([cell for cell in cells if cell["method"] == method])
-        own = sorted(losses.items())
+    found = by_method(cells)
+    for name, of_name in found.items():
+        label, color, marker = style(name, list(found))
+        own = sorted(mean_losses(of_name).items())
         axis.plot(*zip(*own, strict=True), color=color, marker=marker, label=label)
         best = min(own, key=lambda point: point[1])
         axis.plot(*best, marker=marker, color=color, markersize=12, fillstyle="none")
@@ -108,6 +107,16 @@ def sweep_picture(path):
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=7)
     return save(figure, pathlib.Path(path).with_suffix(".png"))
+
+
+def by_method(cells):
+    """Name -> the cells of a method; of each number of steps apart, if there are several."""
+    several = len({cell["steps"] for cell in cells}) > 1
+    found = {}
+    for cell in cells:
+        name = f"{cell['method']}, {cell['steps']:,} steps" if several else cell["method"]
+        found.setdefault(name, []).append(cell)
+    return found
 
 
 def mean_losses(cells):

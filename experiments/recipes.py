@@ -71,7 +71,8 @@ OWN = {
     "rank10_4bit_m80": Recipe(RANK10, momentum=0.8),
     "rank25_4bit_both_m80": Recipe(RANK25, NATURAL_4BIT, momentum=0.8),
     "uncompressed_m80": Recipe(momentum=0.8),
-    # Or the step is taken ahead of what was sent: EF21's estimate is late, and so is momentum.
+    # Or the step is taken ahead (x2: by twice the last change) of an estimate that is late, as
+    # momentum is. The first with x2 is the library's default.
     "uncompressed_nesterov": Recipe(extrapolation=0.9),
     "rank25_4bit_x2": Recipe(RANK25, extrapolation=2.0),
     "rank25_4bit_both_x2": Recipe(RANK25, NATURAL_4BIT, extrapolation=2.0),

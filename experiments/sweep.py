@@ -141,10 +141,9 @@ def finish(
 def best(lines: list[dict[str, Any]]) -> str:
     """The multiple of the base rate with the least loss, for each recipe; means over seeds."""
     rows = []
-    for method in dict.fromkeys(line["method"] for line in lines):
-        own = [line for line in lines if line["method"] == method]
+    for name, own in plots.by_method(lines).items():
         multiplier, loss = min(plots.mean_losses(own).items(), key=lambda item: item[1])
-        rows.append((f"{method}:", f"{multiplier:g}", f"test loss {loss:.4f}"))
+        rows.append((f"{name}:", f"{multiplier:g}", f"test loss {loss:.4f}"))
     return "Best multiples of the base rate:\n" + plots.aligned(rows)
 
 

@@ -438,6 +438,23 @@ def test_savings_are_measured_at_the_loss_of_the_baseline_after_70_percent(quick
     assert top.split()[5:7] == ["0.07×", "14.3×"]
 
 
+def test_what_the_main_job_calls_the_default_is_the_librarys():
+    recipe = recipes.RECIPES["rank25_4bit_x2"]
+    assert "its default" in plots.style("rank25_4bit_x2", [])[0]
+    assert recipe == recipes.Recipe(ef21.DEFAULT_UPLINK, extrapolation=ef21.DEFAULT_EXTRAPOLATION)
+
+
+def test_runs_of_several_budgets_are_told_apart():
+    cells = [
+        {"method": "block16", "lr_multiplier": rate, "steps": steps, "loss_x": loss}
+        for rate, steps, loss in ((0.5, 9, 2.0), (1.0, 9, 3.0), (0.5, 1000, 1.75), (1.0, 1000, 1.5))
+    ]
+    assert [line.split() for line in sweep.best(cells).splitlines()[1:]] == [
+        ["block16,", "9", "steps:", "0.5", "test", "loss", "2.0000"],
+        ["block16,", "1,000", "steps:", "1", "test", "loss", "1.5000"],
+    ]
+
+
 def test_an_interrupted_job_keeps_what_it_has(quick, tmp_path, monkeypatch, capsys):
     def interrupted(config, method, corpus, *others):
         yield from itertools.islice(fake_train(config, method, corpus), 3)

@@ -268,7 +268,7 @@ def test_an_extrapolated_step_is_taken_from_the_last_change_ahead_of_the_estimat
         topology=topology,
     )
     W, X, state = train(tx, problem)
-    paper_X, paper_W, paper_G = algorithm_3(problem, UP_2, DOWN_2, 0.6, kappa=1.5)
+    paper_X, paper_W, _ = algorithm_3(problem, UP_2, DOWN_2, 0.6, kappa=1.5)
     assert_same_path(W, paper_W)
     assert_same_path(X, paper_X)
     assert ef21.check_invariant(state) < 1e-12, "what is kept is the estimate itself"
