@@ -27,6 +27,13 @@ class Recipe:
     extrapolation: float = 0.0  # of EF21's estimate, see `ef21.ef21`
     paper_bytes: bool = False  # counted as in the paper: 16 bits a Natural value
 
+    def __post_init__(self):
+        if self.extrapolation and self.feedback != "ef21":
+            raise ValueError(
+                f"`extrapolation` is of EF21's estimate: `feedback` must be 'ef21', got "
+                f"{self.feedback!r}."
+            )
+
     @property
     def base_rate(self) -> float:
         """The learning rate whose multiples are tried: paper M's Table 4, or a usual one."""

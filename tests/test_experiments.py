@@ -8,6 +8,7 @@ import sysconfig
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 
@@ -586,6 +587,33 @@ def test_baselines_learn(name, prose):
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         *_, last = found = list(training.train(TINY_RUN, name, corpora.load(prose)))
     assert last["loss_x"] < found[0]["loss_x"] - 0.1
+
+
+@pytest.mark.parametrize("step", ["lmo", "adamw"])
+def test_a_recipe_extrapolates(step):
+    """By one, of a momentum of one half: from the second on, the gradient itself is handed on."""
+    recipe = recipes.Recipe(momentum=0.5, extrapolation=1.0, step=step)
+    rules = (ef21.Rule("all", ef21.Frobenius()),)
+    tx = recipes.optimizer(recipe, 0.1, axis_name=None, rules=rules)
+    params = {"w": jnp.zeros((3, 4))}
+    first, second = ({"w": g} for g in jax.random.normal(jax.random.key(0), (2, 3, 4)))
+    # Estimates start at zero, so the first is handed on twice.
+    given = [optax.tree.scale(2.0, first), second]
+    server = {
+        "lmo": ef21.lmo_step(ef21.Frobenius(), 0.1),
+        "adamw": optax.adamw(0.1, b2=0.95, weight_decay=0.0),
+    }[step]
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        state, of_server = tx.init(params), server.init(params)
+        for gradient, ahead in zip((first, second), given, strict=True):
+            update, state = tx.update(gradient, state, params)
+            expected, of_server = server.update(ahead, of_server, params)
+    np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-5)
+
+
+def test_what_has_no_estimate_cannot_be_extrapolated():
+    with pytest.raises(ValueError, match="`extrapolation` is of EF21's estimate.*got 'ef14'"):
+        recipes.Recipe(feedback="ef14", extrapolation=1.0)
 
 
 def test_a_recipe_can_be_counted_as_the_paper_does():
