@@ -21,7 +21,7 @@ Coefficients = tuple[tuple[float, float, float], ...]
 JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
 # You Jiacheng (2024), a quintic of its own for each step, as optax's preset "dion" has them: every
-# σ >= 0.01 ends in [0.97, 1.04]. They forgive a σ of 1.05: the table for bfloat16.
+# σ >= 0.01 ends in [0.97, 1.04]. They forgive a σ of 1.05.
 YOU: Coefficients = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -111,8 +111,9 @@ def orthogonalize(
     Args:
       x: shape (..., m, n), floating.
       coefficients: one triple (a, b, c) a step.
-      dtype: of the products. None: float32, float64 for that. With bfloat16, which matrix units
-        multiply many times as fast, take `YOU`: no singular value ends above 1.2.
+      dtype: of what is multiplied; sums and iterates have no less than float32. None: float32,
+        float64 for that. Matrix units multiply bfloat16 many times as fast, a CPU with bfloat16
+        instructions twice: six Polar Express steps then end no singular value above 1.02.
 
     Returns:
       Shape and dtype of `x`. Zero for zero; the same for c·x, c in 1e-30..1e30 (float32).
@@ -121,32 +122,37 @@ def orthogonalize(
     m, n = x.shape[-2:]
     if m == 0 or n == 0:
         return x
-    y = y if dtype is None else y.astype(dtype)
+    dtype = y.dtype if dtype is None else jnp.dtype(dtype)
     wide = m <= n
     # All the work is done on the short side. In Gram form only the first and the last product
     # touch the long one, which pays once the matrix is half as long again as it is wide.
     iterate = _iterate_gram if max(m, n) >= 1.5 * min(m, n) else _iterate
-    return iterate(y, coefficients, wide).astype(x.dtype)
+    o = iterate(y, coefficients, wide, dtype)
+    if dtype.itemsize < o.dtype.itemsize:
+        # On a CPU XLA cannot run such a product with its result transposed (jax 0.10.2), so a
+        # transpose that follows must not be merged into it.
+        o = lax.optimization_barrier(o)
+    return o.astype(x.dtype)
 
 
 # Loops over the coefficients, not a program of all steps: those take long to compile. What is
 # multiplied by a stays outside of the products: a + Z would lose Z to rounding.
 
 
-def _iterate(y, coefficients, wide):
+def _iterate(y, coefficients, wide, dtype):
     def step(y, abc):
         a, b, c = abc
-        gram = _gram(y, wide)
+        gram = _gram(y, wide, dtype)
         # The square of the Gram matrix, which is symmetric, as the Gram matrix of that.
-        return a * y + _apply(b * gram + c * _gram(gram, True), y, wide), None
+        return a * y + _apply(b * gram + c * _gram(gram, True, dtype), y, wide, dtype), None
 
     return lax.scan(step, y, jnp.asarray(coefficients, y.dtype))[0]
 
 
-def _iterate_gram(y, coefficients, wide):
+def _iterate_gram(y, coefficients, wide, dtype):
     start = 0
-    for end in (*_restarts(len(coefficients), y.dtype), len(coefficients)):
-        y = _iterate_gram_once(y, coefficients[start:end], wide)
+    for end in (*_restarts(len(coefficients), dtype), len(coefficients)):
+        y = _iterate_gram_once(y, coefficients[start:end], wide, dtype)
         start = end
     return y
 
@@ -155,48 +161,48 @@ def _restarts(steps, dtype):
     """After which steps to begin again from the iterate.
 
     What rounding adds to the Gram matrix, which drifts from that of the iterate, would push
-    singular values past one: in float32 to 1.8 after eight steps, in bfloat16 to 1.2 after three
-    and to thousands after four.
+    singular values past one: in float32 to 1.8 after eight steps, with products of bfloat16 to
+    6 after six, and after a restart alone at the second still to 3.8.
     """
     if dtype.itemsize >= 4:
         return () if steps <= 6 else (steps // 2,)
     return tuple(range(2, steps, 2))
 
 
-def _iterate_gram_once(y, coefficients, wide):
+def _iterate_gram_once(y, coefficients, wide, dtype):
     # Every factor is a polynomial of the first Gram matrix, so they commute and are symmetric:
     # Q ← (a + Z) Q and R ← (a + Z) R (a + Z) with Z = bR + cR².
     def factor(gram, abc):
         a, b, c = abc
-        return a, b * gram + c * _product(gram, gram)
+        return a, b * gram + c * _product(gram, gram, dtype)
 
     def advance(gram, a, z):
-        half = a * gram + _product(z, gram)
-        return a * half + _product(z, half)
+        half = a * gram + _product(z, gram, dtype)
+        return a * half + _product(z, half, dtype)
 
     def step(carry, abc):
         q, gram = carry
         a, z = factor(gram, abc)
-        return (a * q + _product(z, q), advance(gram, a, z)), None
+        return (a * q + _product(z, q, dtype), advance(gram, a, z)), None
 
     # The first step finds no Q to multiply, and the last needs no R after it.
     first, *others = (tuple(jnp.asarray(abc, y.dtype)) for abc in coefficients)
-    gram = _gram(y, wide)
+    gram = _gram(y, wide, dtype)
     a, z = factor(gram, first)
     if not others:
-        return a * y + _apply(z, y, wide)
+        return a * y + _apply(z, y, wide, dtype)
     q = a * jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape) + z
     carry = (q, advance(gram, a, z))
     q, gram = lax.scan(step, carry, jnp.asarray(coefficients[1:-1], y.dtype).reshape(-1, 3))[0]
     a, z = factor(gram, others[-1])
-    return _apply(a * q + _product(z, q), y, wide)
+    return _apply(a * q + _product(z, q, dtype), y, wide, dtype)
 
 
 # Contractions name their axes, so nothing is ever transposed in memory.
 
 
-def _product(a, b):
-    return _matmul("...ij,...jk->...ik", a, b)
+def _product(a, b, dtype):
+    return _matmul("...ij,...jk->...ik", a, b, dtype)
 
 
 # Of the four blocks of a Gram matrix three are computed, in a quarter fewer operations, and the
@@ -207,12 +213,12 @@ def _product(a, b):
 _WORTH_BLOCKS = 256  # rows
 
 
-def _gram(y, wide):
+def _gram(y, wide, dtype):
     short = -2 if wide else -1
 
     def whole(first, second):
         form = "...ik,...jk->...ij" if wide else "...ki,...kj->...ij"
-        return _matmul(form, first, second)
+        return _matmul(form, first, second, dtype)
 
     def blocks(y):
         first, second = _halves(y, short)
@@ -233,10 +239,13 @@ def _symmetric(first, corner, second):
     return jnp.concatenate([above, below], axis=-2)
 
 
-def _matmul(form, a, b):
-    return jnp.einsum(form, a, b, precision="highest")
+def _matmul(form, a, b, dtype):
+    a, b = a.astype(dtype), b.astype(dtype)
+    # Sums that leave in bfloat16 save nothing on a CPU: it then multiplies in float32.
+    out = at_least_float32(dtype)
+    return jnp.einsum(form, a, b, precision="highest", preferred_element_type=out)
 
 
-def _apply(short, y, wide):
+def _apply(short, y, wide, dtype):
     form = "...ij,...jk->...ik" if wide else "...ik,...jk->...ji"
-    return _matmul(form, short, y)
+    return _matmul(form, short, y, dtype)

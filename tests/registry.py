@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -112,6 +113,14 @@ def with_spectrum(shape, spectrum, seed=0):
     left = np.linalg.qr(rng.normal(size=(m, m)))[0][:, : min(m, n)]
     right = np.linalg.qr(rng.normal(size=(n, n)))[0][:, : min(m, n)]
     return (left * spectrum) @ right.T
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of its loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inside in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inside)
 
 
 def families(shape):

@@ -68,7 +68,8 @@ def test_compressors_end_to_end(run):
 
 def test_polar_end_to_end(run):
     figures, record, _ = run(polar, "--turns 2 --size 8 --alignment-size 32 --matmul-size 32")
-    names = {"", "optax_scan_", "jordan_", "polar_express_5_", "polar_express_8_"}
+    names = {"", "optax_scan_", "jordan_"}
+    names |= {f"polar_express_{suffix}_" for suffix in ("bf16", "5", "8")}
     forms = {"wide", "tall", "square"}
     expected = {f"{name}{form}_over_optax" for name in names for form in forms}
     expected |= {f"{name}{form}_of_peak" for name in ("", "optax_") for form in forms}
@@ -77,7 +78,7 @@ def test_polar_end_to_end(run):
     # No timings but facts: every spectrum, shape and scale, in float32 and in bfloat16.
     assert 0.985 <= figures["worst_alignment"] <= 1 + 1e-6
     assert 0.85 <= figures["bf16_worst_alignment"] <= 1 + 1e-6
-    assert 0.9 <= figures["bf16_largest_sigma"] <= 1.2
+    assert 0.9 <= figures["bf16_largest_sigma"] <= 1.02
     families = record["alignments"]["polar_express"]
     assert figures["worst_alignment"] == min(row["alignment"] for row in families.values())
     assert len(families) == 8

@@ -46,26 +46,46 @@ def hidden_matrices(params):
     }
 
 
-def _ef21_muon(**compressors):
-    return ef21.ef21_muon(LEARNING_RATE, momentum=MOMENTUM, **compressors)
+def _ef21_muon(**settings):
+    return ef21.ef21_muon(LEARNING_RATE, momentum=MOMENTUM, **settings)
+
+
+def _in_bfloat16(rules):
+    """The same rules with spectral oracles whose products are in bfloat16."""
+    oracle = ef21.Spectral(dtype=jnp.bfloat16)
+    return tuple(
+        dataclasses.replace(rule, norm=oracle) if rule.role == "hidden" else rule for rule in rules
+    )
 
 
 METHODS = {
     "uncompressed": _ef21_muon(uplink=ef21.Identity()),
+    "uncompressed_bf16": _ef21_muon(uplink=ef21.Identity(), rules=_in_bfloat16(ef21.SCION_RULES)),
     "gluon": ef21.gluon(LEARNING_RATE, momentum=MOMENTUM),
     "block": _ef21_muon(
         uplink=ef21.BlockTopK() >> ef21.BlockNatural(), downlink=ef21.BlockNatural()
     ),
     "rank15_natural": _ef21_muon(uplink=ef21.RankK(0.15) >> ef21.Natural()),
     "muon": ef21.muon(LEARNING_RATE, momentum=MOMENTUM),
+    "muon_bf16": ef21.muon(LEARNING_RATE, momentum=MOMENTUM, rules=_in_bfloat16(ef21.MUON_RULES)),
     "optax_muon": optax.contrib.muon(
         LEARNING_RATE, beta=MOMENTUM, muon_weight_dimension_numbers=hidden_matrices
     ),
 }
-MethodName = Literal["uncompressed", "gluon", "block", "rank15_natural", "muon", "optax_muon"]
+MethodName = Literal[
+    "uncompressed",
+    "uncompressed_bf16",
+    "gluon",
+    "block",
+    "rank15_natural",
+    "muon",
+    "muon_bf16",
+    "optax_muon",
+]
 # What each does with the embedding.
 EMBEDDING = dict.fromkeys(METHODS, "sign") | {
     "muon": "AdamW",
+    "muon_bf16": "AdamW",
     "optax_muon": "AdamW",
     "torch_muon": "AdamW",
     "copy": "x + 1",
@@ -76,6 +96,9 @@ RATIOS = (
     ("block", "optax_muon"),
     ("rank15_natural", "optax_muon"),
     ("muon", "optax_muon"),
+    ("uncompressed_bf16", "optax_muon"),
+    ("muon_bf16", "optax_muon"),
+    ("muon_bf16", "torch_muon"),
     ("block", "uncompressed"),
     ("block", "gluon"),
     ("uncompressed", "copy"),
