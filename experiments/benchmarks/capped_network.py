@@ -7,6 +7,9 @@ and AdamW, whose gradients are all-reduced; and where torch is installed its DDP
 hook, AdamW and the same model. Links have the first of the `rates` for the training, and each
 other one for some more steps.
 
+All ratios are of the seconds of a step, but for PowerSGD, whose steps bring it less far: there they
+are to the loss that both end with, the higher of their last ones.
+
 A step's seconds are those of the slowest worker, from a barrier on. Two processor cores compute for
 four workers: on machines of their own they would compute faster, and the network would weigh more.
 `seconds = compute + factor · bytes / rate` is fitted to all methods and rates, one factor for all,
@@ -15,6 +18,7 @@ uncompressed one is that at which both lines meet.
 
     sudo python -m experiments.benchmarks.capped_network
     sudo python -m experiments.benchmarks.capped_network --rates 1gbit --uplink natural_4bit
+    sudo python -m experiments.benchmarks.capped_network --products bfloat16  # where those are fast
 
 Needs Linux, root and iproute2.
 """
@@ -38,13 +42,17 @@ from experiments.models import gpt
 
 
 MODULE = "experiments.benchmarks.capped_network"
-CompressorName = Literal["identity", "block", "block_2bit", "natural_4bit", "rank15_natural"]
+CompressorName = Literal[
+    "identity", "block", "block4", "block_2bit", "natural_4bit", "rank15_natural", "rank25_4bit"
+]
 COMPRESSORS = {
     "identity": ef21.Identity(),
     "block": ef21.BlockTopK() >> ef21.BlockNatural(),
+    "block4": ef21.BlockTopK(4) >> ef21.BlockNatural(),
     "block_2bit": ef21.BlockTopK() >> ef21.TwoLevel(),
     "natural_4bit": ef21.BlockNatural(),
     "rank15_natural": ef21.RankK(0.15) >> ef21.Natural(),
+    "rank25_4bit": ef21.DEFAULT_UPLINK,
 }
 MethodName = Literal["gather", "sharded", "dense_muon", "dense_adamw", "powersgd"]
 METHODS = ("gather", "sharded", "dense_muon", "dense_adamw", "powersgd")
@@ -66,6 +74,8 @@ class Config(timing.Config):
     methods: tuple[MethodName, ...] = METHODS
     uplink: CompressorName = "block"
     downlink: CompressorName = "natural_4bit"  # sharded; with gather the server is everywhere
+    extrapolation: float = 0.0  # of the server's estimate, ahead of it
+    products: Literal["float32", "bfloat16"] = "float32"  # of the spectral steps, ours and dense
     powersgd_rank: int = 4
     workers: int = 4
     layers: int = 8  # of the GPT
@@ -200,14 +210,21 @@ def optimizer(config, method):
         adamw = optax.adamw(schedule(config.adamw_learning_rate), weight_decay=0.0)
         return optax.chain(average, adamw)
     rate = schedule(config.muon_learning_rate)
+    oracle = ef21.Spectral(dtype=config.products)
+    rules = tuple(
+        dataclasses.replace(rule, norm=oracle) if rule.role == "hidden" else rule
+        for rule in ef21.SCION_RULES
+    )
     if method == "dense_muon":
-        return ef21.gluon(rate, axis_name="workers")
+        return ef21.gluon(rate, rules=rules, axis_name="workers")
     sharded = method == "sharded"
     return ef21.ef21_muon(
         rate,
         uplink=COMPRESSORS[config.uplink],
         downlink=COMPRESSORS[config.downlink if sharded else "identity"],
         topology=ef21.Sharded(config.workers) if sharded else ef21.Gather(),
+        extrapolation=config.extrapolation,
+        rules=rules,
         axis_name="workers",
         seed=config.seed,
     )
@@ -274,8 +291,9 @@ def report(config, args, steps, losses):
             sent.setdefault((row["rate"], row["method"]), []).append(row["bytes"])
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     sizes = {key: statistics.mean(values) for key, values in sent.items()}
-    target, reached = steps_to_target(losses)
     final = {row["method"]: row["loss"] for row in losses}  # the last remains
+    target = max(final.values())
+    reached = {method: steps_to(losses, method, target) for method in methods}
 
     head = ("", "MB", *(f"s, {rate}" for rate in rates), "loss", "steps to target")
     head += tuple(f"s to target, {rate}" for rate in rates)
@@ -305,6 +323,9 @@ def report(config, args, steps, losses):
         best = min(ours, key=lambda method: medians[rate, method], default=None)  # noqa: B023
         for other in others if ours else ():
             over = timing.ratio(seconds[rate, other], seconds[rate, best])
+            if other == "powersgd":
+                figures[f"{other}_step_over_ours_{rate}"] = over
+                over = max(to_equal_loss(losses, medians, rate, other, mine) for mine in ours)
             figures[f"{other}_over_ours_{rate}"] = over
         own = {method: medians[rate, method] for method in methods}
         for mine, theirs in pairs(methods):
@@ -334,15 +355,19 @@ def report(config, args, steps, losses):
         print(f"Wrote {config.json} and {pictures.capped_network(config.json)}")
 
 
-def steps_to_target(losses):
-    """The worst of the last losses, and method -> the first step that has it."""
+def steps_to(losses, method, target):
+    """The first evaluated step at which `method` has the loss `target`."""
+    return min(r["step"] for r in losses if r["method"] == method and r["loss"] <= target)
+
+
+def to_equal_loss(losses, medians, rate, method, other):
+    """The seconds of `method` over those of `other`, to the loss that both end with."""
     final = {row["method"]: row["loss"] for row in losses}
-    target = max(final.values())
-    reached = {}
-    for row in losses:
-        if row["loss"] <= target:
-            reached.setdefault(row["method"], row["step"])
-    return target, reached
+    target = max(final[method], final[other])
+    mine, theirs = (
+        steps_to(losses, name, target) * medians[rate, name] for name in (method, other)
+    )
+    return mine / theirs
 
 
 def fit(config, medians, sizes):
