@@ -115,6 +115,7 @@ from ._routing import (
     one_over_fan_out as one_over_fan_out,
     routes as routes,
     scion_scale as scion_scale,
+    with_norm as with_norm,
 )
 from ._sharp import L1Sharp as L1Sharp, MaxRowSumSharp as MaxRowSumSharp
 from ._sparse import ColumnTopK as ColumnTopK, RandK as RandK, TopK as TopK

@@ -154,6 +154,25 @@ MUON_RULES: tuple[Rule, ...] = (
 """Jordan (2024): Spectral for hidden kernels; what has the role "adam" is left to AdamW."""
 
 
+def with_norm(rules: tuple[Rule, ...], role: str, norm: Norm) -> tuple[Rule, ...]:
+    """`rules` with `norm` for the layers of `role`; all else stays, scales too.
+
+    With `Spectral(dtype=jnp.bfloat16)` for "hidden" the oracle multiplies in bfloat16.
+
+    Raises:
+      ValueError: if no rule has that role, or `norm` is no norm.
+    """
+    roles = [rule.role for rule in rules]
+    if role not in roles:
+        raise ValueError(
+            f"No rule has the role {role!r}, whose norm was to be {norm!r}. The rules are: "
+            f"{', '.join(roles) or '(none)'}."
+        )
+    return tuple(
+        dataclasses.replace(rule, norm=norm) if rule.role == role else rule for rule in rules
+    )
+
+
 def claim(rules: tuple[Rule, ...], tree: Any) -> list[Rule]:
     """The rule for each leaf of `tree`, in order.
 

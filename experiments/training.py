@@ -174,15 +174,11 @@ def model_of(settings: Settings, corpus: Corpus) -> gpt.GPT:
 
 def optimizer(settings: Settings, name: str) -> ef21.Distributed:
     oracle = ef21.Spectral(ORACLES[settings.oracle])
-    rules = tuple(
-        dataclasses.replace(rule, norm=oracle) if rule.role == "hidden" else rule
-        for rule in ef21.SCION_RULES
-    )
     return recipes.optimizer(
         recipe_of(settings, name),
         learning_rate(settings, name),
         topology=topology(settings),
-        rules=rules,
+        rules=ef21.with_norm(ef21.SCION_RULES, "hidden", oracle),
         seed=settings.seed,
     )
 

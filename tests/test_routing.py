@@ -128,6 +128,19 @@ def test_the_rule_that_the_error_suggests_mends_it():
     assert other.norm == ef21.Scaled(ef21.Spectral(), 50.0)
 
 
+def test_a_role_gets_another_norm_and_nothing_else_changes():
+    params = {"wte": shapes_of(9, 768), "up": {"kernel": shapes_of(768, 3072)}, "gain": shapes_of()}
+    rules = ef21.with_norm(ef21.SCION_RULES, "hidden", ef21.Frobenius())
+    for old, new in zip(ef21.routes(params), ef21.routes(params, rules), strict=True):
+        expected = ef21.Scaled(ef21.Frobenius(), 100.0) if old.path == "up/kernel" else old.norm
+        assert new == old.__class__(**vars(old) | {"norm": expected})
+
+
+def test_a_norm_for_a_role_that_no_rule_has_is_refused():
+    with pytest.raises(ValueError, match="No rule has .*'hiden'.*vector, head, embedding, hidden"):
+        ef21.with_norm(ef21.SCION_RULES, "hiden", ef21.Spectral())
+
+
 def test_the_first_rule_that_fits_wins():
     one, two = ef21.Rule("one", ef21.Sign(), "a"), ef21.Rule("two", ef21.Frobenius())
     params = {"a": shapes_of(2, 2), "c": shapes_of(2, 2)}

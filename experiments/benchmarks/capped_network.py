@@ -211,10 +211,7 @@ def optimizer(config, method):
         return optax.chain(average, adamw)
     rate = schedule(config.muon_learning_rate)
     oracle = ef21.Spectral(dtype=config.products)
-    rules = tuple(
-        dataclasses.replace(rule, norm=oracle) if rule.role == "hidden" else rule
-        for rule in ef21.SCION_RULES
-    )
+    rules = ef21.with_norm(ef21.SCION_RULES, "hidden", oracle)
     if method == "dense_muon":
         return ef21.gluon(rate, rules=rules, axis_name="workers")
     sharded = method == "sharded"

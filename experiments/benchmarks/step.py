@@ -50,24 +50,22 @@ def _ef21_muon(**settings):
     return ef21.ef21_muon(LEARNING_RATE, momentum=MOMENTUM, **settings)
 
 
-def _in_bfloat16(rules):
-    """The same rules with spectral oracles whose products are in bfloat16."""
-    oracle = ef21.Spectral(dtype=jnp.bfloat16)
-    return tuple(
-        dataclasses.replace(rule, norm=oracle) if rule.role == "hidden" else rule for rule in rules
-    )
-
+BFLOAT16 = ef21.Spectral(dtype=jnp.bfloat16)  # what is multiplied, and no more
 
 METHODS = {
     "uncompressed": _ef21_muon(uplink=ef21.Identity()),
-    "uncompressed_bf16": _ef21_muon(uplink=ef21.Identity(), rules=_in_bfloat16(ef21.SCION_RULES)),
+    "uncompressed_bf16": _ef21_muon(
+        uplink=ef21.Identity(), rules=ef21.with_norm(ef21.SCION_RULES, "hidden", BFLOAT16)
+    ),
     "gluon": ef21.gluon(LEARNING_RATE, momentum=MOMENTUM),
     "block": _ef21_muon(
         uplink=ef21.BlockTopK() >> ef21.BlockNatural(), downlink=ef21.BlockNatural()
     ),
     "rank15_natural": _ef21_muon(uplink=ef21.RankK(0.15) >> ef21.Natural()),
     "muon": ef21.muon(LEARNING_RATE, momentum=MOMENTUM),
-    "muon_bf16": ef21.muon(LEARNING_RATE, momentum=MOMENTUM, rules=_in_bfloat16(ef21.MUON_RULES)),
+    "muon_bf16": ef21.muon(
+        LEARNING_RATE, momentum=MOMENTUM, rules=ef21.with_norm(ef21.MUON_RULES, "hidden", BFLOAT16)
+    ),
     "optax_muon": optax.contrib.muon(
         LEARNING_RATE, beta=MOMENTUM, muon_weight_dimension_numbers=hidden_matrices
     ),
