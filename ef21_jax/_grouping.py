@@ -50,7 +50,8 @@ class Group:
         if self.pieces == 1:
             return [stacked[i] for i in range(self.layers)]
         whole = stacked.reshape(len(self.numbers), -1, *self.shape[1:])
-        return [leaf[: self.shape[0]] for leaf in whole]
+        # By number: an array that other processes hold parts of cannot be iterated over.
+        return [whole[i, : self.shape[0]] for i in range(len(self.numbers))]
 
     @property
     def layer_shape(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ef21_jax as ef21
 from experiments import cluster
@@ -56,6 +57,7 @@ def optimizer(topology, uplinks, workers):
         uplink={name: uplinks[i // COPIES] for i, name in enumerate(layer_names(uplinks))},
         downlink=ef21.Natural(),
         rules=(
+            ef21.Rule("entry-wise", ef21.Sign(), "layer_01"),  # its rows can have several owners
             ef21.Rule("hidden", ef21.Spectral(), "layer_0"),
             ef21.Rule("other", ef21.Frobenius()),  # compiles sooner
         ),
@@ -80,7 +82,7 @@ def start(tx, uplinks, workers):
 
 
 def train(tx, carry, batch, mesh=None):
-    """W after each step, the same at all workers: (steps, layers, *SHAPE)."""
+    """W after each step, as all workers have it, then the last X: (steps + 1, layers, *SHAPE)."""
 
     def stacked(params):
         return jnp.stack([params[name] for name in sorted(params)])
@@ -95,9 +97,13 @@ def train(tx, carry, batch, mesh=None):
             params, state, _ = ef21.spmd(worker_step, mesh=mesh)(*carry, batch)
             return (params, state), stacked(params)
 
-        return jax.lax.scan(one, carry, length=STEPS)[1]
+        return jax.lax.scan(one, carry, length=STEPS)
 
-    return np.asarray(jax.jit(every_step)(carry, batch))
+    carry, path = jax.jit(every_step)(carry, batch)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    # Not in a jitted function: a script may ask for X between two steps.
+    model = jax.jit(stacked, out_shardings=whole)(ef21.server_params(tx, *carry))
+    return np.concatenate([path, model[None]])
 
 
 def main():

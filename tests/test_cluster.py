@@ -1,5 +1,6 @@
 """Real processes: that they take the steps of lanes, and that a job of them ends as it should."""
 
+import json
 import os
 import pathlib
 import signal
@@ -39,11 +40,41 @@ def test_two_processes_take_the_steps_of_two_lanes(which, topology, tmp_path):
     lanes = process_job.train(tx, start, process_job.targets(uplinks, 2))
     first, second = (np.load(f"{out}.{i}.npy") for i in range(2))
     assert np.all(np.abs(lanes[-1]).mean(axis=(1, 2)) > 0.1), "it has moved"
+    assert np.any(lanes[-1] != lanes[-2]), "the downlink has yet to send something"
     np.testing.assert_array_equal(first, second)
     for layer, uplink in enumerate(uplinks):
         np.testing.assert_allclose(
             first[:, layer], lanes[:, layer], atol=1e-6, err_msg=repr(uplink)
         )
+
+
+@pytest.mark.slow  # three jobs
+def test_a_job_that_is_stopped_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to err is human, to feed the error back is EF21\n" * 400)
+
+    def job(out):
+        settings = "--preset tiny --on devices --workers 2 --topology sharded --methods block16"
+        settings += " --downlink natural_4bit --eval-every 10 --checkpoint-every 10"
+        script = ["-m", "experiments.nanogpt", *settings.split(), "--text", text, "--out", out]
+        launcher = [sys.executable, "-m", "experiments.launch", "--timeout", "250", "--"]
+        return subprocess.Popen([*launcher, *script, "--steps", "100"], cwd=REPOSITORY)
+
+    def curve(out):
+        lines = [json.loads(line) for line in (out / "nanogpt.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss_w"], line["loss_x"]) for line in lines[1:]]
+
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert job(whole).wait() == 0
+    stopped = job(parted)
+    while not any((parted / "block16").glob("[1-9]*")):
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    stopped.terminate()
+    stopped.wait()
+    assert curve(parted)[-1][0] < 100
+    assert job(parted).wait() == 0
+    assert curve(parted) == curve(whole) and curve(whole)[-1][0] == 100
 
 
 def test_alone_a_script_starts_no_job():

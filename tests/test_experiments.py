@@ -527,10 +527,12 @@ def test_a_sweep_of_two_processes_gives_what_one_does(prose, tmp_path):
         np.testing.assert_allclose(curves["loss_x"], found[2][name]["loss_x"], rtol=1e-4)
 
 
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(prose, tmp_path):
+@pytest.mark.parametrize(("on", "topology"), [("lanes", "gather"), ("devices", "sharded")])
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(on, topology, prose, tmp_path):
     corpus, name = corpora.load(prose), "block16"
-    settings = dataclasses.replace(TINY_RUN, downlink="natural_4bit")
-    whole = list(training.train(settings, name, corpus))
+    settings = dataclasses.replace(TINY_RUN, downlink="natural_4bit", topology=topology)
+    mesh = cluster.worker_mesh(2) if on == "devices" else None
+    whole = list(training.train(settings, name, corpus, mesh))
 
     def checkpoints(about="this run"):
         return Checkpoints(tmp_path / "run", about, every=2)
@@ -538,7 +540,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(prose, tmp_path):
     def untimed(found):
         return [record | {"seconds": None} for record in found]
 
-    stopped = itertools.islice(training.train(settings, name, corpus, None, checkpoints()), 3)
+    stopped = itertools.islice(training.train(settings, name, corpus, mesh, checkpoints()), 3)
     assert untimed(stopped) == untimed(whole[:3])
     drawn = []
     batches = training.batches_of
@@ -549,11 +551,11 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(prose, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "batches_of", watched)
-        found = list(training.train(settings, name, corpus, None, checkpoints()))
+        found = list(training.train(settings, name, corpus, mesh, checkpoints()))
     assert untimed(found) == untimed(whole)
     assert drawn == [range(2), range(4, 6)]  # the first to compile with
     with pytest.raises(ValueError, match="is of a run with this run, not another: move"):
-        list(training.train(settings, name, corpus, None, checkpoints("another")))
+        list(training.train(settings, name, corpus, mesh, checkpoints("another")))
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(prose):
