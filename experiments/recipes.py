@@ -43,6 +43,7 @@ class Recipe:
 NATURAL_4BIT = ef21.BlockNatural()
 RANK10, RANK15, RANK25 = (ef21.RankK(share) >> NATURAL_4BIT for share in (0.10, 0.15, 0.25))
 BLOCK = ef21.BlockTopK() >> NATURAL_4BIT  # the largest of every 16, half a bit a parameter
+BLOCK4 = ef21.BlockTopK(1, 4) >> NATURAL_4BIT  # of every four, a bit and a half
 
 # "identity" is the name of a compressor in the table, here of a run.
 PAPER = {
@@ -52,7 +53,7 @@ PAPER = {
 OWN = {
     "block16": Recipe(BLOCK),
     "block8": Recipe(ef21.BlockTopK(1, 8) >> NATURAL_4BIT),
-    "block4": Recipe(ef21.BlockTopK(1, 4) >> NATURAL_4BIT),
+    "block4": Recipe(BLOCK4),
     "block2of16": Recipe(ef21.BlockTopK(2, 16) >> NATURAL_4BIT),
     "block3of16": Recipe(ef21.BlockTopK(3, 16) >> NATURAL_4BIT),
     "block16_2bit": Recipe(ef21.BlockTopK() >> ef21.TwoLevel()),
@@ -83,6 +84,7 @@ OWN = {
     "uncompressed_nesterov": Recipe(extrapolation=0.9),
     "rank25_4bit_x2": Recipe(RANK25, extrapolation=2.0),
     "rank25_4bit_both_x2": Recipe(RANK25, NATURAL_4BIT, extrapolation=2.0),
+    "rank25_4bit_block4_x2": Recipe(RANK25, BLOCK4, extrapolation=2.0),  # BLOCK4 back
     "rank15_4bit_both_x3": Recipe(RANK15, NATURAL_4BIT, extrapolation=3.0),
     "rank10_4bit_both_x3": Recipe(RANK10, NATURAL_4BIT, extrapolation=3.0),
 }

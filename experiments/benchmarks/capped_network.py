@@ -43,12 +43,20 @@ from experiments.models import gpt
 
 MODULE = "experiments.benchmarks.capped_network"
 CompressorName = Literal[
-    "identity", "block", "block4", "block_2bit", "natural_4bit", "rank15_natural", "rank25_4bit"
+    "identity",
+    "block",
+    "block8",
+    "block4",
+    "block_2bit",
+    "natural_4bit",
+    "rank15_natural",
+    "rank25_4bit",
 ]
 COMPRESSORS = {
     "identity": ef21.Identity(),
     "block": ef21.BlockTopK() >> ef21.BlockNatural(),
-    "block4": ef21.BlockTopK(4) >> ef21.BlockNatural(),
+    "block8": ef21.BlockTopK(1, 8) >> ef21.BlockNatural(),
+    "block4": ef21.BlockTopK(1, 4) >> ef21.BlockNatural(),
     "block_2bit": ef21.BlockTopK() >> ef21.TwoLevel(),
     "natural_4bit": ef21.BlockNatural(),
     "rank15_natural": ef21.RankK(0.15) >> ef21.Natural(),
@@ -72,9 +80,9 @@ class Config(timing.Config):
     more_turns: int = 6  # steps at each further rate
     rates: tuple[str, ...] = ("100mbit", "1gbit")  # of each link and direction, as `tc` writes them
     methods: tuple[MethodName, ...] = METHODS
-    uplink: CompressorName = "block"
-    downlink: CompressorName = "natural_4bit"  # sharded; with gather the server is everywhere
-    extrapolation: float = 0.0  # of the server's estimate, ahead of it
+    uplink: CompressorName = "block8"
+    downlink: CompressorName = "block8"  # sharded; with gather the server is everywhere
+    extrapolation: float = 3.0  # how far the server steps ahead of its estimate
     products: Literal["float32", "bfloat16"] = "float32"  # of the spectral steps, ours and dense
     powersgd_rank: int = 4
     workers: int = 4
