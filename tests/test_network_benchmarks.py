@@ -237,10 +237,12 @@ def test_the_report_on_capped_links_says_what_was_measured(made_up_run, tmp_path
     target = json.loads(config.json.read_text())["target"]
     # Seconds of a step at 100 Mbit/s: 1.03, 0.66, 4.2, 3.3, 0.24; at 1 Gbit/s: sharded 0.516.
     assert target["dense_muon_over_ours_100mbit"] == pytest.approx(4.2 / 0.66)
-    assert target["powersgd_step_over_ours_100mbit"] == pytest.approx(0.24 / 0.66)
-    # To 2.95, where PowerSGD ends after ten steps; sharded has it after five.
-    assert target["powersgd_over_ours_100mbit"] == pytest.approx(10 * 0.24 / (5 * 0.66))
-    assert target["powersgd_over_ours_1gbit"] == pytest.approx(10 * 0.204 / (5 * 0.516))
+    assert target["powersgd_over_ours_100mbit"] == pytest.approx(0.24 / 0.66)
+    # To 2.95, the last of PowerSGD, and all are there; sharded and dense Muon after five steps.
+    assert target["powersgd_to_loss_over_ours_100mbit"] == pytest.approx(2.4 / (5 * 0.66))
+    assert target["powersgd_to_loss_over_ours_1gbit"] == pytest.approx(2.04 / (5 * 0.516))
+    assert target["dense_muon_to_loss_over_ours_100mbit"] == pytest.approx(4.2 / 0.66)
+    assert target["dense_adamw_to_loss_over_ours_100mbit"] == pytest.approx(33 / (5 * 0.66))
     assert target["dense_adamw_over_ours_1gbit"] == pytest.approx(0.42 / 0.516)
     assert (
         "1gbit: sharded takes 0.52 s a step, dense_adamw 0.42: compression does not pay" in printed

@@ -1,5 +1,6 @@
 """Every layer's role, norm, radius and bytes, or an error that names the layer."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -133,7 +134,7 @@ def test_a_role_gets_another_norm_and_nothing_else_changes():
     rules = ef21.with_norm(ef21.SCION_RULES, "hidden", ef21.Frobenius())
     for old, new in zip(ef21.routes(params), ef21.routes(params, rules), strict=True):
         expected = ef21.Scaled(ef21.Frobenius(), 100.0) if old.path == "up/kernel" else old.norm
-        assert new == old.__class__(**vars(old) | {"norm": expected})
+        assert new == dataclasses.replace(old, norm=expected)
 
 
 def test_a_norm_for_a_role_that_no_rule_has_is_refused():

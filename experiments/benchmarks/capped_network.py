@@ -7,8 +7,8 @@ and AdamW, whose gradients are all-reduced; and where torch is installed its DDP
 hook, AdamW and the same model. Links have the first of the `rates` for the training, and each
 other one for some more steps.
 
-All ratios are of the seconds of a step, but for PowerSGD, whose steps bring it less far: there they
-are to the loss that both end with, the higher of their last ones.
+Ratios over ours are of the seconds of a step, and, since steps do not bring all equally far, of the
+seconds to the loss that all reach: over the topology that is sooner there.
 
 A step's seconds are those of the slowest worker, from a barrier on. Two processor cores compute for
 four workers: on machines of their own they would compute faster, and the network would weigh more.
@@ -296,9 +296,10 @@ def report(config, args, steps, losses):
             sent.setdefault((row["rate"], row["method"]), []).append(row["bytes"])
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     sizes = {key: statistics.mean(values) for key, values in sent.items()}
+    target, reached = steps_to_target(losses)
     final = {row["method"]: row["loss"] for row in losses}  # the last remains
-    target = max(final.values())
-    reached = {method: steps_to(losses, method, target) for method in methods}
+
+    to_target = {key: reached[key[1]] * value for key, value in medians.items()}
 
     head = ("", "MB", *(f"s, {rate}" for rate in rates), "loss", "steps to target")
     head += tuple(f"s to target, {rate}" for rate in rates)
@@ -312,7 +313,7 @@ def report(config, args, steps, losses):
                 *(f"{value:.3f}" for value in own),
                 f"{final[method]:.3f}",
                 f"{reached[method]}",
-                *(f"{value * reached[method]:.1f}" for value in own),
+                *(f"{to_target[rate, method]:.1f}" for rate in rates),
             )
         )
     print(timing.table(head, rows))
@@ -328,10 +329,9 @@ def report(config, args, steps, losses):
         best = min(ours, key=lambda method: medians[rate, method], default=None)  # noqa: B023
         for other in others if ours else ():
             over = timing.ratio(seconds[rate, other], seconds[rate, best])
-            if other == "powersgd":
-                figures[f"{other}_step_over_ours_{rate}"] = over
-                over = max(to_equal_loss(losses, medians, rate, other, mine) for mine in ours)
             figures[f"{other}_over_ours_{rate}"] = over
+            soonest = min(to_target[rate, method] for method in ours)
+            figures[f"{other}_to_loss_over_ours_{rate}"] = to_target[rate, other] / soonest
         own = {method: medians[rate, method] for method in methods}
         for mine, theirs in pairs(methods):
             print(bandwidth.verdict(rate, mine, theirs, own))
@@ -360,19 +360,15 @@ def report(config, args, steps, losses):
         print(f"Wrote {config.json} and {pictures.capped_network(config.json)}")
 
 
-def steps_to(losses, method, target):
-    """The first evaluated step at which `method` has the loss `target`."""
-    return min(r["step"] for r in losses if r["method"] == method and r["loss"] <= target)
-
-
-def to_equal_loss(losses, medians, rate, method, other):
-    """The seconds of `method` over those of `other`, to the loss that both end with."""
+def steps_to_target(losses):
+    """The worst of the last losses, and method -> the first step that has it."""
     final = {row["method"]: row["loss"] for row in losses}
-    target = max(final[method], final[other])
-    mine, theirs = (
-        steps_to(losses, name, target) * medians[rate, name] for name in (method, other)
-    )
-    return mine / theirs
+    target = max(final.values())
+    reached = {}
+    for row in losses:
+        if row["loss"] <= target:
+            reached.setdefault(row["method"], row["step"])
+    return target, reached
 
 
 def fit(config, medians, sizes):
