@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import ef21_jax as ef21
+from ef21_jax import _topologies
 
 
 SLOW = pytest.mark.slow  # a second of a kind that the default run has one of
@@ -32,9 +33,10 @@ SHAPES = {
 FEW = ("hidden", "odd", "table")
 BLOCKS = ef21.BlockTopK(block=4)
 PAIR = (BLOCKS, NATURAL)  # quick to compile
+AS_IT_IS = (ef21.Identity(), ef21.Identity())  # its mean is a reduction
 PAIRS = [
     PAIR,
-    (ef21.Identity(), ef21.Identity()),
+    AS_IT_IS,
     (ef21.RankK(0.5) >> NATURAL, BLOCKS),
     (ef21.TopK(0.3) >> NATURAL, ef21.Quantize(4)),
     (ef21.RandK(0.3, shared=True), ef21.RandK(0.5)),
@@ -131,10 +133,15 @@ def mesh_of(*axes, types=AxisType.Auto):
 def test_a_sharded_server_takes_the_steps_of_one_that_all_repeat(workers, pairs):
     # Leaves of all kinds but one that is cut, since its pieces are compressed each by itself; and
     # every pair of compressors, on five layers each.
-    params = {"all": tree([name for name in SHAPES if name != "table"])}
-    pairs = {"all": PAIR} | {repr(pair): pair for pair in PAIRS if pairs}
-    params |= {name: tree(("hidden",)) for name in pairs if name != "all"}
-    ups, downs = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+    whole = {name: PAIR for name in SHAPES if name != "table"} | {"gains": AS_IT_IS}
+    params = {"all": tree(tuple(whole))}
+    pairs = {repr(pair): pair for pair in PAIRS if pairs}
+    params |= {name: tree(("hidden",)) for name in pairs}
+    ups, downs = (
+        {"all": {name: pair[side] for name, pair in whole.items()}}
+        | {name: pair[side] for name, pair in pairs.items()}
+        for side in (0, 1)
+    )
     runs = []
     for topology in (ef21.Gather(), ef21.Sharded(workers)):
         tx = muon(topology, (ups, downs))
@@ -144,6 +151,9 @@ def test_a_sharded_server_takes_the_steps_of_one_that_all_repeat(workers, pairs)
     agree(same_params, params, 1e-5)
     agree(same_state.worker, state.worker, 1e-5)
     agree(same_model, model, 1e-5)
+    # The steps are of a length of their own: only the estimates show how long the mean is.
+    estimate = state.server[0].estimate
+    agree(_topologies.join(same_state.server[0].estimate, estimate), estimate, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -160,6 +170,15 @@ def test_a_leaf_that_is_cut_takes_the_same_steps_where_its_compressor_does_too(d
           ef21.server_params(all_tx, params, state))  # fmt: skip
     # Ten rows in four pieces of three.
     assert jax.tree.leaves(same_state.server)[0].shape == (4, 1, 3, 6)
+
+
+def test_the_pieces_of_a_leaf_that_is_cut_draw_each_for_itself():
+    tx = muon(ef21.Sharded(2), (ef21.RandK(0.5), NATURAL))
+    _, state = run(tx, {"table": [jnp.ones((8, 6))]}, 2, steps=1)
+    (estimate,) = jax.tree.leaves(state.worker[1].estimate)
+    assert estimate.shape == (2, 2, 4, 6)  # workers, pieces
+    # The gradient is the same everywhere, so what differs is which entries were drawn.
+    assert np.all(np.any(estimate[:, 0] != estimate[:, 1], axis=(1, 2)))
 
 
 HARNESSES = {
