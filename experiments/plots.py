@@ -106,7 +106,8 @@ def sweep_picture(path):
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=7)
-    return save(figure, pathlib.Path(path).with_suffix(".png"))
+    path = pathlib.Path(path)
+    return save(figure, path.with_name(f"{path.stem}_rates.png"))
 
 
 def by_method(cells):

@@ -36,7 +36,7 @@ class Config(training.Settings):
     jobs: int = 1  # runs at a time, each in a process and on a processor core of its own
     text: str | None = None  # a file of text or tokens, or a folder; None: the standard library
     checkpoint_every: int | None = None  # steps; a run that is stopped then goes on, not anew
-    out: str = "results/sweep.jsonl"  # and the same name with .png
+    out: str = "results/sweep.jsonl"  # and a picture beside it
 
     def __post_init__(self):
         super().__post_init__()
