@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from experiments import plots, presets, recipes, records, sweep, training
 
@@ -205,29 +204,34 @@ def _curves(axis, found, config):
 
 def _bytes(axis, found, loss):
     """A bar a method: bytes to the loss over the model's own, as the paper draws them."""
-    names = [method for method, runs in found.items() if bytes_to(runs, loss) is not None]
     dense = found[_BASELINE][0]["bytes_up"] / found[_BASELINE][0]["step"]
-    values = [bytes_to(found[name], loss) / dense for name in names]
-    colors = [plots.style(name, list(found))[1] for name in names]
-    axis.barh(range(len(names)), values, color=colors)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_xscale("log")
-    for at, value in enumerate(values):
-        axis.annotate(f" {value:,.0f}", (value, at), va="center", fontsize=8)
+    sent = [bytes_to(runs, loss) for runs in found.values()]
+    values = [None if each is None else each / dense for each in sent]
+    reached = [value for value in values if value is not None]
+    least, most = min(reached), max(reached)
+    for at, (name, value) in enumerate(zip(found, values, strict=True)):
+        if value is not None:
+            axis.barh(at, value, color=plots.style(name, list(found))[1])
+        text, x = ("not reached", least / 2) if value is None else (f"{value:,.0f}", value)
+        axis.annotate(f" {text}", (x, at), va="center", fontsize=8)
+    axis.set_yticks(range(len(found)), list(found), fontsize=8)
+    axis.invert_yaxis()
+    plots.logarithmic(axis)
+    axis.set_xlim(least / 2, 1.5 * most)
     _finish(axis, f"bytes sent by a worker to test loss {loss:.3f}, in models", None)
 
 
 def _trade_off(axis, found, loss, config):
     for method, runs in found.items():
+        label, color, marker = plots.style(method, list(found))
         steps = steps_to(runs, loss)
         if steps is None:
+            axis.plot([], [], color=color, marker=marker, ls="none", label=f"{label}: not reached")
             continue
-        label, color, marker = plots.style(method, list(found))
         x, y = bytes_to(runs, loss) / 1e6, steps * config.tokens_a_step / 1e6
-        axis.plot(x, y, color=color, marker=marker, linestyle="none")
-        axis.annotate(f"  {method}", (x, y), fontsize=8, va="center")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.plot(x, y, color=color, marker=marker, linestyle="none", label=label)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plots.logarithmic(axis)
     _finish(
         axis,
         f"MB sent by a worker to test loss {loss:.3f}",

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments import figures, plots, presets, recipes, records, sweep, training
 
@@ -216,9 +215,7 @@ def _frontier(axis, found, both):
     axis.plot(*zip(*best, strict=True), color="0.6", linewidth=0.8, zorder=0)
     least, most = min(y for _, y, _ in points), sorted(y for _, y, _ in points)
     axis.set_ylim(least - 0.01, most[int(0.9 * (len(most) - 1))] + 0.02)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    plots.logarithmic(axis)
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 

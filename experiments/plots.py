@@ -14,7 +14,7 @@ import sys
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from experiments import records
 
@@ -27,6 +27,7 @@ _STYLES = {
     "rank25_4bit_x2": ("EF21-Muon, its default", "#009E73", "D"),
 }
 _COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+_COLORS += ("#882255", "#44AA99", "#332288", "#661100", "#DDCC77")
 _MARKERS = "vx*P<>hX+"
 _BASELINE = "uncompressed"
 _TARGET_SHARE = 0.7  # the loss to reach is the baseline's at this share of its steps
@@ -75,8 +76,7 @@ def nanogpt_picture(path):
     left.set_xlabel("tokens seen by all workers (millions)")
     left.set_ylabel("test loss of the server's model (nats per token)")
     left.legend(frameon=False)
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    logarithmic(right)
     right.set_xlabel("sent by each worker to the server (MB)")
     left.set_ylim(*_loss_limits(runs))
     for axis in (left, right):
@@ -176,6 +176,14 @@ def style(method, methods):
         return _STYLES[method]
     i = [other for other in methods if other not in _STYLES].index(method)
     return method, _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+
+
+def logarithmic(axis):
+    """Makes the x axis logarithmic, with numbers as people write them: 50, 100, 200."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _read(path):
