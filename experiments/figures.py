@@ -176,7 +176,7 @@ def picture(config, number, lines):
         axes = figure.subplots(1, len(KINDS), sharey=True)
         for axis, (kind, names) in zip(axes, KINDS.items(), strict=True):
             own = {name: found[name] for name in (_BASELINE, *names) if name in found}
-            _curves(axis, own, config)
+            _curves(axis, own, config, narrow=True)
             axis.set_title(kind, fontsize=9)
             axis.label_outer()
     else:
@@ -189,17 +189,19 @@ def _beside(config, number):
     return path.with_name(f"{path.stem}_figure{number}.png")
 
 
-def _curves(axis, found, config):
+def _curves(axis, found, config, narrow=False):
+    """Test loss by tokens. `narrow`: with the names of recipes, which are short, in the legend."""
     limits = []
     for method, runs in found.items():
         step, losses = curve(runs)
         label, color, marker = plots.style(method, list(found))
         tokens = step * config.tokens_a_step / 1e6
+        label = method if narrow else label
         axis.plot(tokens, losses, label=label, color=color, marker=marker, markersize=3)
         limits += [losses[-1], np.interp(step[-1] / 8, step, losses)]
     axis.set_ylim(min(limits) - 0.02, max(limits))
     _finish(axis, "tokens (millions)", "test loss (nats a token)")
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, loc="lower left" if narrow else "upper right")
 
 
 def _bytes(axis, found, loss):
@@ -215,7 +217,7 @@ def _bytes(axis, found, loss):
         text, x = ("not reached", least / 2) if value is None else (f"{value:,.0f}", value)
         axis.annotate(f" {text}", (x, at), va="center", fontsize=8)
     axis.set_yticks(range(len(found)), list(found), fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(found) - 0.5, -0.5)  # the first is at the top
     plots.logarithmic(axis)
     axis.set_xlim(least / 2, 1.5 * most)
     _finish(axis, f"bytes sent by a worker to test loss {loss:.3f}, in models", None)
