@@ -195,8 +195,7 @@ def _curves(axis, found, config, narrow=False):
     for method, runs in found.items():
         step, losses = curve(runs)
         label, color, marker = plots.style(method, list(found))
-        tokens = step * config.tokens_a_step / 1e6
-        label = method if narrow else label
+        tokens, label = step * config.tokens_a_step / 1e6, method if narrow else label
         axis.plot(tokens, losses, label=label, color=color, marker=marker, markersize=3)
         limits += [losses[-1], np.interp(step[-1] / 8, step, losses)]
     axis.set_ylim(min(limits) - 0.02, max(limits))
@@ -207,15 +206,16 @@ def _curves(axis, found, config, narrow=False):
 def _bytes(axis, found, loss):
     """A bar a method: bytes to the loss over the model's own, as the paper draws them."""
     dense = found[_BASELINE][0]["bytes_up"] / found[_BASELINE][0]["step"]
-    sent = [bytes_to(runs, loss) for runs in found.values()]
-    values = [None if each is None else each / dense for each in sent]
-    reached = [value for value in values if value is not None]
-    least, most = min(reached), max(reached)
-    for at, (name, value) in enumerate(zip(found, values, strict=True)):
-        if value is not None:
-            axis.barh(at, value, color=plots.style(name, list(found))[1])
-        text, x = ("not reached", least / 2) if value is None else (f"{value:,.0f}", value)
-        axis.annotate(f" {text}", (x, at), va="center", fontsize=8)
+    sent = {method: bytes_to(runs, loss) for method, runs in found.items()}
+    values = {method: each / dense for method, each in sent.items() if each is not None}
+    least, most = min(values.values(), default=1.0), max(values.values(), default=1.0)
+    for at, method in enumerate(found):
+        text, x = " not reached", least / 2  # where the axis begins
+        if method in values:
+            x = values[method]
+            text = f" {x:,.0f}"
+            axis.barh(at, x, color=plots.style(method, list(found))[1])
+        axis.annotate(text, (x, at), va="center", fontsize=8)
     axis.set_yticks(range(len(found)), list(found), fontsize=8)
     axis.set_ylim(len(found) - 0.5, -0.5)  # the first is at the top
     plots.logarithmic(axis)

@@ -26,8 +26,9 @@ _STYLES = {
     "top15_natural": ("EF21-Muon, Top15% + Natural", "#0072B2", "^"),
     "rank25_4bit_x2": ("EF21-Muon, its default", "#009E73", "D"),
 }
-_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-_COLORS += ("#882255", "#44AA99", "#332288", "#661100", "#DDCC77")
+_COLORS = tuple(
+    "#CC79A7 #E69F00 #56B4E9 #F0E442 #999999 #882255 #44AA99 #332288 #661100 #DDCC77".split()
+)
 _MARKERS = "vx*P<>hX+"
 _BASELINE = "uncompressed"
 _TARGET_SHARE = 0.7  # the loss to reach is the baseline's at this share of its steps

@@ -97,6 +97,17 @@ def test_thresholds_may_be_given(args, capsys):
     assert rows["rank10"][0] == f"1/{8 * 20 / 30:.1f}"  # 2.2 + 1 − t <= 2.5 at 30 of 40 steps
 
 
+def test_figures_are_drawn_where_nobody_has_the_loss(args, tmp_path, capsys):
+    args, _ = args
+    figures.main([*args, "--figures", "1", "2", "6", "--thresholds", "1.5", "1.0"])
+    for number in (1, 2, 6):
+        assert (tmp_path / f"record_figure{number}.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[0]: row[-2:] for row in rows if row and row[0] in NAMES} == dict.fromkeys(
+        NAMES, ["–", "–"]
+    )
+
+
 def test_figures_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="must have 'uncompressed'"):
         figures.Config(methods=("block16",))

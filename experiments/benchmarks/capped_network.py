@@ -298,7 +298,6 @@ def report(config, args, steps, losses):
     sizes = {key: statistics.mean(values) for key, values in sent.items()}
     target, reached = steps_to_target(losses)
     final = {row["method"]: row["loss"] for row in losses}  # the last remains
-
     to_target = {key: reached[key[1]] * value for key, value in medians.items()}
 
     head = ("", "MB", *(f"s, {rate}" for rate in rates), "loss", "steps to target")
@@ -327,10 +326,10 @@ def report(config, args, steps, losses):
         ours = [method for method in OURS if method in methods]
         others = [method for method in methods if method not in OURS]
         best = min(ours, key=lambda method: medians[rate, method], default=None)  # noqa: B023
+        soonest = min((to_target[rate, method] for method in ours), default=None)
         for other in others if ours else ():
             over = timing.ratio(seconds[rate, other], seconds[rate, best])
             figures[f"{other}_over_ours_{rate}"] = over
-            soonest = min(to_target[rate, method] for method in ours)
             figures[f"{other}_to_loss_over_ours_{rate}"] = to_target[rate, other] / soonest
         own = {method: medians[rate, method] for method in methods}
         for mine, theirs in pairs(methods):
