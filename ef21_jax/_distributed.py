@@ -17,7 +17,7 @@ from . import _axes, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._links import Links
-from ._messages import expand, is_message
+from ._messages import Floats, expand, is_message
 from ._packing import to_bits
 from ._repeatable import Repeatable
 from ._state import DistributedState, as_parts_of, find_state, own_parts
@@ -145,23 +145,25 @@ def distribute(
         arrays = expand(messages)
         finite = _all_finite((updates, arrays, proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        sent = _or_zero(finite, arrays)
+        arrays = _or_zero(finite, arrays)
         if isinstance(worker, Repeatable):
-            # Once more, so that what was proposed need not be held until it is known whether it is
-            # finite. Of other operands, since of the same the compiler would find the same arrays.
-            _, proposed = worker.update(
+            # Of other operands than before, since of the same the compiler would find, and hold,
+            # the same arrays.
+            arrays, kept = worker.update(
                 _or_zero(finite, updates),
                 state.worker,
                 widen(params),
-                sent=sent,
+                sent=arrays,
+                accepted=finite,
                 **keys,
                 **extra_args,
             )
-        if _axes.names(axis_name):
-            mean = _topologies.average(topology, _silenced(finite, messages), links)
+            messages = jax.tree.map(_as_made_last, messages, arrays, is_leaf=is_message)
         else:
-            mean = sent
-        return mean, _select(finite, proposed, state.worker), rejected
+            kept = _select(finite, proposed, state.worker)
+        if _axes.names(axis_name):
+            arrays = _topologies.average(topology, _silenced(finite, messages), links)
+        return arrays, kept, rejected
 
     def update(updates, state, params=None, **extra_args):
         _check_axes(updates, links, topology)
@@ -245,6 +247,11 @@ def _worker_keys(key, index):
         "key": jax.random.fold_in(key, index),
         "shared_key": jax.random.fold_in(key, jnp.iinfo(jnp.uint32).max),
     }
+
+
+def _as_made_last(node, array):
+    """The message, or the array it stands for where that is sent as it is."""
+    return array if isinstance(node, Floats) else node
 
 
 def _silenced(finite, messages):

@@ -8,6 +8,7 @@ that the workers hold, X − W obeys just EF14's recursion, so X is never stored
 Everything here is one worker's or the server's own arithmetic: nothing communicates.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._compressors import Compressor
+from ._compressors import Compressor, Identity
 from ._dtypes import rounded, without_overflow
 from ._messages import expand
-from ._repeatable import Repeatable
+from ._repeatable import Repeatable, either
 from ._settings import Setting, is_zero, per_leaf
 
 
@@ -37,12 +38,12 @@ class ErrorFeedback(NamedTuple):
     server: optax.GradientTransformationExtraArgs
 
     def after(self, *before: optax.GradientTransformation) -> Repeatable:
-        """`optax.chain(*before, worker)`, which `distribute` can run in less memory.
+        """`optax.chain(*before, worker)`, which `distribute` runs in less memory.
 
         Args:
           before: what the gradient goes through first, as `worker_momentum`; it sends nothing.
         """
-        return Repeatable(*optax.chain(*before, self.worker))
+        return Repeatable.chain(*before, self.worker)
 
 
 def compress(
@@ -79,12 +80,23 @@ def compress(
     return treedef.unflatten(messages)
 
 
-def _messages(compressors, tree, key, extra_args):
-    """What `tree` is sent as, or what it was sent as."""
-    if "sent" in extra_args:
-        return extra_args["sent"]
-    wanted = {name: extra_args[name] for name in ("shared_key", "choose") if name in extra_args}
-    return compress(compressors, tree, key, **wanted)
+def _messages(compressors, tree, key, sent=None, accepted=True, **extra_args):
+    """What `tree` is sent as; or what it was sent as, see `Repeatable`."""
+    if sent is None:
+        wanted = {name: extra_args[name] for name in ("shared_key", "choose") if name in extra_args}
+        return compress(compressors, tree, key, **wanted)
+    chosen = per_leaf(compressors, tree, Compressor)
+    made, treedef = jax.tree.flatten(tree)
+    leaves = zip(chosen, made, treedef.flatten_up_to(sent), strict=True)
+    return treedef.unflatten(
+        either(accepted, now, 0.0) if compressor == Identity() else before
+        for compressor, now, before in leaves
+    )
+
+
+def _once(updates, extra_args):
+    """`updates`. The second time as arrays, where all that are made of them find the same bits."""
+    return lax.optimization_barrier(updates) if "sent" in extra_args else updates
 
 
 class EF21State(NamedTuple):
@@ -117,8 +129,8 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
 
     def send(updates, state, params=None, *, key, **extra_args):
         del params
-        change = optax.tree.sub(updates, state.estimate)
-        messages = _messages(compressors, change, key, extra_args)
+        change = optax.tree.sub(_once(updates, extra_args), state.estimate)
+        messages = _messages(compressors, change, key, **extra_args)
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def ahead(g, r):
@@ -152,9 +164,12 @@ def ef14(compressors: Setting) -> ErrorFeedback:
 
     def send(updates, state, params=None, *, key, **extra_args):
         del params
-        target = optax.tree.add(state.residual, updates)
-        messages = _messages(compressors, target, key, extra_args)
-        return messages, ResidualState(optax.tree.sub(target, expand(messages)))
+        target = optax.tree.add(state.residual, _once(updates, extra_args))
+        messages = _messages(compressors, target, key, **extra_args)
+        withheld = optax.tree.sub(target, expand(messages))
+        accepted = extra_args.get("accepted", True)
+        kept = jax.tree.map(functools.partial(either, accepted), withheld, state.residual)
+        return messages, ResidualState(kept)
 
     server = optax.with_extra_args_support(optax.identity())
     return ErrorFeedback(Repeatable(init, send), server)
@@ -169,7 +184,7 @@ def no_feedback(compressors: Setting) -> ErrorFeedback:
 
     def send(updates, state, params=None, *, key, **extra_args):
         del params
-        return _messages(compressors, updates, key, extra_args), state
+        return _messages(compressors, _once(updates, extra_args), key, **extra_args), state
 
     server = optax.with_extra_args_support(optax.identity())
     return ErrorFeedback(Repeatable(init, send), server)
@@ -223,18 +238,19 @@ def worker_momentum(decay: float | jax.Array) -> optax.GradientTransformationExt
     def init(params):
         return MomentumState(optax.tree.zeros_like(params), jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, accepted=True, **extra_args):
         del params, extra_args
 
         def average(gradient, momentum):
             kept = jnp.asarray(decay, gradient.dtype)
             later = kept * momentum + (1 - kept) * gradient
-            return jnp.where(state.count == 0, gradient, later)
+            return either(accepted, jnp.where(state.count == 0, gradient, later), momentum)
 
         momentum = jax.tree.map(average, updates, state.momentum)
-        return momentum, MomentumState(momentum, optax.safe_increment(state.count))
+        count = either(accepted, optax.safe_increment(state.count), state.count)
+        return momentum, MomentumState(momentum, count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Repeatable(init, update)
 
 
 def check_decay(decay: float | jax.Array) -> None:

@@ -46,14 +46,18 @@ def step_of(tx):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-@pytest.mark.parametrize("uplink", [ef21.Identity(), ef21.BlockTopK()], ids=repr)
-def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(uplink, optimized):
+@pytest.mark.parametrize(
+    ("uplink", "most"),
+    [(ef21.Identity(), 0.75), (ef21.BlockTopK(), 1.5)],  # all that is sent, if compressed
+    ids=lambda value: "" if isinstance(value, float) else repr(value),
+)
+def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(uplink, most, optimized):
     tx = ef21.ef21_sgdm(0.1, uplink=uplink)
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
     arguments = params, jax.eval_shape(tx.init, params), params
     memory = step_of(tx).lower(*arguments).compile().memory_analysis()
     size = sum(4 * leaf.size for leaf in params)
-    assert memory.temp_size_in_bytes <= 1.5 * size  # what is sent, not momenta and estimates too
+    assert memory.temp_size_in_bytes <= most * size  # neither momenta nor estimates
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,7 @@ def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(uplin
     [
         (ef21.ef21, ef21.Identity()),
         (ef21.ef21, ef21.BlockTopK() >> ef21.BlockNatural()),
+        (ef21.ef14, ef21.Identity()),
         (ef21.ef14, ef21.BlockTopK()),
         pytest.param(ef21.no_feedback, ef21.BlockNatural(), marks=pytest.mark.slow),
         pytest.param(ef21.ef21, ef21.TopK(0.1) >> ef21.Natural(), marks=pytest.mark.slow),
