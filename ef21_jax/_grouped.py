@@ -59,7 +59,7 @@ def grouped(
         grouping, inner = of(updates if params is None else params)
         stacked = None if params is None else grouping.stack(params)
         steps, state = inner.update(grouping.stack(updates), state, stacked, **extra_args)
-        return grouping.unstack(steps), state
+        return grouping.unstack(steps, state.count), state
 
     def messages(params):
         grouping, inner = of(params)

@@ -6,6 +6,7 @@ shapes: traced and compiled once a shape, not once a layer.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -45,10 +46,14 @@ class Group:
             return jnp.concatenate([self._cut(leaf) for leaf in leaves])
         return first[None] if len(leaves) == 1 else jnp.stack(leaves)
 
-    def unstack(self, stacked: jax.Array) -> list[jax.Array]:
-        """The inverse of `stack`."""
+    def unstack(self, stacked: jax.Array, numbers: Sequence[Any] | None = None) -> list[jax.Array]:
+        """The inverse of `stack`. `numbers`: of at least all layers, see `layer_numbers`."""
         if self.pieces == 1:
-            return [stacked[i] for i in range(self.layers)]
+            numbers = range(self.layers) if numbers is None else numbers[: self.layers]
+            take = functools.partial(
+                lax.dynamic_index_in_dim, stacked, keepdims=False, allow_negative_indices=False
+            )
+            return [take(i) for i in numbers]
         whole = stacked.reshape(len(self.numbers), -1, *self.shape[1:])
         # By number: an array that other processes hold parts of cannot be iterated over.
         return [whole[i, : self.shape[0]] for i in range(len(self.numbers))]
@@ -118,9 +123,13 @@ class Grouping:
             for name, group in self.groups.items()
         }
 
-    def unstack(self, stacked: Any) -> Any:
-        """The inverse of `stack`."""
-        return self.unflatten({n: group.unstack(stacked[n]) for n, group in self.groups.items()})
+    def unstack(self, stacked: Any, count: jax.Array | None = None) -> Any:
+        """The inverse of `stack`. `count`: as of `layer_numbers`, in a program to be compiled."""
+        most = max((group.layers for group in self.groups.values()), default=0)
+        numbers = None if count is None or most < 2 else layer_numbers(most, count)
+        return self.unflatten(
+            {name: group.unstack(stacked[name], numbers) for name, group in self.groups.items()}
+        )
 
     def unflatten(self, values: dict[str, Sequence[Any]]) -> Any:
         """The tree with `values` in place of the leaves of each group, in order."""
@@ -133,6 +142,24 @@ class Grouping:
     def choose(self, values: Sequence[Any]) -> dict[str, Any]:
         """Of `values`, one for each leaf, that of each group's first."""
         return {name: values[group.numbers[0]] for name, group in self.groups.items()}
+
+
+def layer_numbers(layers: int, count: jax.Array) -> list[jax.Array]:
+    """0, 1, ..., `layers` − 1, of which a compiler for a CPU does not know that they are.
+
+    Kernels that differ in nothing but a constant are compiled each by itself, one for each layer
+    that is taken from a stack, and that is a third of the time that a step of many layers takes to
+    compile. With a number that is known only when it runs, they are one.
+
+    Args:
+      count: any number that is not negative, and only known when the program runs.
+    """
+    numbers = [jnp.asarray(i, jnp.int32) for i in range(layers)]
+    return lax.platform_dependent(
+        count,
+        cpu=lambda c: lax.cond(c >= 0, lambda: numbers, lambda: numbers[:1] * layers),
+        default=lambda _: numbers,
+    )
 
 
 def each_layer(function: Callable[..., Any], *stacked: Any) -> Any:

@@ -42,4 +42,3 @@ class Repeatable(optax.GradientTransformationExtraArgs):
 def either(accepted: jax.Array | bool, new: jax.Array, old: jax.Array | float) -> jax.Array:
     """`new` if accepted, else `old`; just `new` in a program where that is not asked."""
     return new if accepted is True else jnp.where(accepted, new, old)
-
