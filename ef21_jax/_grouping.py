@@ -154,10 +154,10 @@ def layer_numbers(layers: int, count: jax.Array) -> list[jax.Array]:
     Args:
       count: any number that is not negative, and only known when the program runs.
     """
-    numbers = [jnp.asarray(i, jnp.int32) for i in range(layers)]
+    *numbers, another = [jnp.asarray(i, jnp.int32) for i in range(layers + 1)]
     return lax.platform_dependent(
         count,
-        cpu=lambda c: lax.cond(c >= 0, lambda: numbers, lambda: numbers[:1] * layers),
+        cpu=lambda c: lax.cond(c >= 0, lambda: numbers, lambda: [another] * layers),
         default=lambda _: numbers,
     )
 

@@ -1,6 +1,7 @@
 """Layers stacked at the door: the same updates, from a program as large as there are shapes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -167,3 +168,23 @@ def test_the_program_grows_by_what_it_takes_to_stack_a_layer_and_to_unstack_it()
         assert sum(kind in line for line in few) == sum(kind in line for line in many), kind
     # Of each leaf: an argument, a broadcast to stack it, a slice and a reshape to unstack it.
     assert (len(many) - len(few)) / (10 * 3) <= 4
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_all_layers_are_taken_from_their_stack_by_one_kernel(count, optimized):
+    params = tree(layers=6)
+    found = grouping(params)
+
+    @jax.jit
+    def apply(params, stacked, count):
+        return jax.tree.map(jnp.add, params, found.unstack(stacked, count))
+
+    arguments = params, found.stack(params), jnp.int32(count)
+    text = apply.lower(*arguments).compile().as_text()
+    kernels = re.findall(r"^%fused_computation(.*?)^}", text, flags=re.M | re.S)
+    taking = [re.sub(r"\.\d+|metadata=.*", "", k) for k in kernels if "dynamic-slice(" in k]
+    stacks = [group.layers for group in found.groups.values() if group.layers > 1]
+    assert (len(taking), len(set(taking))) == (sum(stacks), len(stacks))
+    jax.tree.map(
+        np.testing.assert_array_equal, apply(*arguments), jax.tree.map(jnp.add, params, params)
+    )
