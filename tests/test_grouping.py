@@ -184,6 +184,10 @@ def test_all_layers_are_taken_from_their_stack_by_one_kernel(count, optimized):
     kernels = re.findall(r"^%fused_computation(.*?)^}", text, flags=re.M | re.S)
     taking = [re.sub(r"\.\d+|metadata=.*", "", k) for k in kernels if "dynamic-slice(" in k]
     stacks = [group.layers for group in found.groups.values() if group.layers > 1]
+    # Elsewhere a branch would cost more than it saves.
+    for platform, branches in (("cpu", True), ("cuda", False), ("tpu", False)):
+        lowered = apply.trace(*arguments).lower(lowering_platforms=(platform,))
+        assert ("stablehlo.compare" in lowered.as_text()) == branches
     assert (len(taking), len(set(taking))) == (sum(stacks), len(stacks))
     jax.tree.map(
         np.testing.assert_array_equal, apply(*arguments), jax.tree.map(jnp.add, params, params)
