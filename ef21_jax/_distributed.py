@@ -161,9 +161,10 @@ def distribute(
             messages = jax.tree.map(_as_made_last, messages, arrays, is_leaf=is_message)
         else:
             kept = _select(finite, proposed, state.worker)
+        mean = arrays
         if _axes.names(axis_name):
-            arrays = _topologies.average(topology, _silenced(finite, messages), links)
-        return arrays, kept, rejected
+            mean = _topologies.average(topology, _silenced(finite, messages), links)
+        return mean, kept, rejected
 
     def update(updates, state, params=None, **extra_args):
         _check_axes(updates, links, topology)

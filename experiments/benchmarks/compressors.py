@@ -76,7 +76,7 @@ def main(args=None):
     )
     matrices = collections.deque(jnp.copy(x) for _ in range(config.matrices))
     calls = {
-        name: InPlace(compiled[name], in_turn(argument, config.matrices), matrices)
+        name: InPlace(compiled[name], copied(argument, config.matrices), matrices)
         for name, (_, argument) in programs.items()
     }
     seconds = timing.interleaved(calls, config)
@@ -117,9 +117,9 @@ def in_place(program):
     return wrapped
 
 
-def in_turn(argument, matrices):
-    """Copies of what a program reads, as many as there are matrices."""
-    return collections.deque(jax.tree.map(jnp.copy, argument) for _ in range(matrices))
+def copied(argument, count):
+    """Of what a program reads, to be read in turn."""
+    return collections.deque(jax.tree.map(jnp.copy, argument) for _ in range(count))
 
 
 class InPlace:
