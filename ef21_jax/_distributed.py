@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _axes, _topologies
+from . import _axes, _placement, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._links import Links
@@ -58,13 +58,19 @@ class Distributed(optax.GradientTransformationExtraArgs):
         unstack: Callable = lambda stacked, like: stacked,
     ) -> "Distributed":
         """With these attributes."""
-        transformation = cls(init, update)
-        transformation.messages = messages
-        transformation.traffic = traffic
+        transformation = cls(
+            lambda params: init(_placement.freed(params)), _placement.with_auto_axes(update)
+        )
+        transformation.messages = lambda params: messages(_shapes(params))
+        transformation.traffic = lambda params: traffic(_shapes(params))
         transformation.stack = stack
         transformation.unstack = unstack
         transformation.topology = topology
         return transformation
+
+
+def _shapes(params):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
 def distribute(
@@ -325,12 +331,14 @@ def server_params(tx: Distributed, params: optax.Params, state: Any) -> optax.Pa
       ValueError: for a transformation that is not made by `distribute`.
     """
     check_distributed(tx)
-    state, stacked = find_state(state), tx.stack(params)
-    residual = _residual(state)
+    residual = _residual(find_state(state))
     if residual is None:
         return params
+    held, residual = _placement.freed((params, residual))
+    stacked = tx.stack(held)
     whole = _topologies.join(residual, stacked)
-    return tx.unstack(optax.tree.add(widen(stacked), whole), params)
+    model = tx.unstack(optax.tree.add(widen(stacked), whole), held)
+    return _placement.placed_like(model, params)
 
 
 def _residual(state):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from . import _placement, _topologies
 from ._compressors import Compressor, Identity
 from ._distributed import Distributed
 from ._grouping import Grouping
@@ -70,6 +71,11 @@ def grouped(
         grouping, inner = of(params)
         return inner.traffic(grouping.stack(params))
 
+    def unstack(stacked, like):
+        stacked, like = _placement.freed((stacked, like))
+        grouping, _ = of(like)
+        return grouping.unstack(_topologies.join(stacked, grouping.stack(like)))
+
     return Distributed.of(
         init,
         update,
@@ -77,7 +83,7 @@ def grouped(
         traffic=traffic,
         topology=topology,
         stack=lambda tree: of(tree)[0].stack(tree),
-        unstack=lambda stacked, like: of(like)[0].unstack(stacked),
+        unstack=unstack,
     )
 
 

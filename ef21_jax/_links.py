@@ -77,10 +77,7 @@ class Links:
         if row.size == 0:
             return jnp.zeros(jax.eval_shape(collective, row).shape, row.dtype)
         manual, automatic = _axes.names(self.inside), _left_to_the_compiler(name)
-        length, pieces = (
-            row.shape[-1],
-            _axes.worker_count(self.inside) * math.prod(automatic.values()),
-        )
+        pieces = _axes.worker_count(self.inside) * math.prod(automatic.values())
         if pieces == 1:
             return collective(row)
         length = row.shape[-1]

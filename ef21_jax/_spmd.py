@@ -32,7 +32,8 @@ def spmd(
         name is that of the lanes within a device, so n workers run on any number of devices that
         divides n: `("devices", "lanes")`.
       mean_axis_name: as in `distribute`: the axes of the mesh for the devices within a worker, each
-        with a batch of its own. Axes of the mesh that are named nowhere are left to the compiler.
+        with a batch of its own. Devices along axes that are named nowhere share one worker's
+        arrays, by the compiler; along Explicit ones these lie after a step as before it.
       mesh: the devices.
 
     Returns:

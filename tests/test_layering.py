@@ -22,6 +22,7 @@ ORDER = [
     "_collectives",
     "_settings",
     "_axes",
+    "_placement",
     "_state",
     "_spmd",
     "_grouping",
