@@ -55,18 +55,33 @@ class Distributed(optax.GradientTransformationExtraArgs):
         traffic: Callable,
         topology: Topology,
         stack: Callable = lambda tree: tree,
-        unstack: Callable = lambda stacked, like: stacked,
+        unstack: Callable = _topologies.join,
     ) -> "Distributed":
         """With these attributes."""
-        transformation = cls(
-            lambda params: init(_placement.freed(params)), _placement.with_auto_axes(update)
-        )
+        transformation = cls(_placement.left_to_the_compiler(init), _in_place(update))
         transformation.messages = lambda params: messages(_shapes(params))
         transformation.traffic = lambda params: traffic(_shapes(params))
         transformation.stack = stack
         transformation.unstack = unstack
         transformation.topology = topology
         return transformation
+
+
+def _in_place(update):
+    """`update`, whose updates lie as the parameters do, or gradients without; state as it did."""
+
+    def places(updates, state, params, extra_args):
+        return _placement.places((updates if params is None else params, state))
+
+    def positional(updates, state, params, extra_args):
+        return update(updates, state, params, **extra_args)
+
+    automatic = _placement.left_to_the_compiler(positional, places)
+
+    def wrapped(updates, state, params=None, **extra_args):
+        return automatic(updates, state, params, extra_args)
+
+    return wrapped
 
 
 def _shapes(params):
@@ -334,11 +349,15 @@ def server_params(tx: Distributed, params: optax.Params, state: Any) -> optax.Pa
     residual = _residual(find_state(state))
     if residual is None:
         return params
-    held, residual = _placement.freed((params, residual))
-    stacked = tx.stack(held)
-    whole = _topologies.join(residual, stacked)
-    model = tx.unstack(optax.tree.add(widen(stacked), whole), held)
-    return _placement.placed_like(model, params)
+
+    def shifted(params, residual):
+        return optax.tree.add(widen(params), tx.unstack(residual, params))
+
+    def places(params, residual):
+        del residual
+        return _placement.places(params)
+
+    return _placement.left_to_the_compiler(shifted, places)(params, residual)
 
 
 def _residual(state):

@@ -21,6 +21,7 @@ from jax import lax
 from ._compressors import Compressor, Identity
 from ._dtypes import rounded, without_overflow
 from ._messages import expand
+from ._placement import here
 from ._repeatable import Repeatable, either
 from ._settings import Setting, is_zero, per_leaf
 
@@ -95,7 +96,8 @@ def _messages(compressors, tree, key, sent=None, accepted=True, **extra_args):
 
 
 def _once(updates, extra_args):
-    """`updates`. The second time as arrays, where all that are made of them find the same bits."""
+    """`updates`. The second time behind a barrier, so that what is made of them, worker's and
+    server's estimate, is simplified alike: they are to be equal bit for bit."""
     return lax.optimization_barrier(updates) if "sent" in extra_args else updates
 
 
@@ -134,7 +136,7 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def ahead(g, r):
-        return without_overflow(g + jnp.asarray(extrapolation, r.dtype) * r, g)
+        return without_overflow(g + jnp.asarray(here(extrapolation), r.dtype) * r, g)
 
     def receive(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -242,7 +244,7 @@ def worker_momentum(decay: float | jax.Array) -> optax.GradientTransformationExt
         del params, extra_args
 
         def average(gradient, momentum):
-            kept = jnp.asarray(decay, gradient.dtype)
+            kept = jnp.asarray(here(decay), gradient.dtype)
             later = kept * momentum + (1 - kept) * gradient
             return either(accepted, jnp.where(state.count == 0, gradient, later), momentum)
 

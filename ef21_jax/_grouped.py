@@ -72,7 +72,6 @@ def grouped(
         return inner.traffic(grouping.stack(params))
 
     def unstack(stacked, like):
-        stacked, like = _placement.freed((stacked, like))
         grouping, _ = of(like)
         return grouping.unstack(_topologies.join(stacked, grouping.stack(like)))
 
@@ -82,8 +81,8 @@ def grouped(
         messages=messages,
         traffic=traffic,
         topology=topology,
-        stack=lambda tree: of(tree)[0].stack(tree),
-        unstack=unstack,
+        stack=_placement.left_to_the_compiler(lambda tree: of(tree)[0].stack(tree)),
+        unstack=_placement.left_to_the_compiler(unstack),
     )
 
 

@@ -4,6 +4,7 @@ EF21 never heals a breach of it. An estimate lost on one side (a restore that dr
 part, say) stays wrong for good, and the method converges to the wrong point.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import optax
 from ._distributed import Distributed, check_distributed
 from ._dtypes import widen
 from ._feedback import EF21State, MomentumState
+from ._placement import left_to_the_compiler, places
 from ._settings import path_name
 from ._state import DistributedState, find_state, is_per_worker
 from ._topologies import deal, join
@@ -40,22 +42,14 @@ def check_invariant(state: Any, *, tolerance: float = 1e-4) -> float:
             f"The state holds {len(worker)} EF21 estimates at the workers and {len(server)} at the "
             "server: `check_invariant` is for methods built from both ends of `ef21`."
         )
+    compared = left_to_the_compiler(functools.partial(_compared, state))
     worst = 0.0
     for (path, mine), theirs in zip(
         jax.tree.leaves_with_path(worker),
         jax.tree.leaves(server, is_leaf=is_per_worker),
         strict=True,
     ):
-        mean = _mean(mine, state)
-        theirs = join(theirs, mean)
-        if mean.shape != theirs.shape:
-            raise ValueError(
-                f"{path_name(path[2:])}: the workers' estimates average to shape {mean.shape}, the "
-                f"server's has {theirs.shape}. Was the state restored for another model?"
-            )
-        # Of the G_j: near an optimum they stay as large as they are, and their mean vanishes.
-        size = float(jnp.max(jnp.abs(mine), initial=0.0))
-        gap = float(jnp.max(jnp.abs(theirs - mean), initial=0.0))
+        size, gap = map(float, compared(path_name(path[2:]), mine, theirs))
         relative = gap / size if size else gap
         if not relative <= tolerance:  # so written, NaN fails
             raise ValueError(
@@ -93,7 +87,15 @@ def warm_start(tx: Distributed, state: Any, gradients: optax.Updates) -> Any:
                 f"{path_name(path)}: the gradient has shape {jnp.shape(leaf)}, and wants the "
                 f"leading axis of the {workers[0]} workers that the state has."
             )
-    gradients = widen((jax.vmap(tx.stack) if workers else tx.stack)(gradients))
+    start = left_to_the_compiler(
+        functools.partial(_started, tx), lambda state, gradients: places(state)
+    )
+    return start(state, gradients)
+
+
+def _started(tx, state, gradients):
+    replicated = find_state(state).rejected.ndim
+    gradients = widen((jax.vmap(tx.stack) if replicated else tx.stack)(gradients))
 
     def fill(node, new):
         if isinstance(node, EF21State):
@@ -114,6 +116,19 @@ def warm_start(tx: Distributed, state: Any, gradients: optax.Updates) -> Any:
         )
 
     return jax.tree.map(start, state, is_leaf=lambda node: isinstance(node, DistributedState))
+
+
+def _compared(state, name, mine, theirs):
+    """The largest of the G_j, and of G less their mean."""
+    mean = _mean(mine, state)
+    theirs = join(theirs, mean)
+    if mean.shape != theirs.shape:
+        raise ValueError(
+            f"{name}: the workers' estimates average to shape {mean.shape}, the server's has "
+            f"{theirs.shape}. Was the state restored for another model?"
+        )
+    # Of the G_j: near an optimum they stay as large as they are, and their mean vanishes.
+    return [jnp.max(jnp.abs(x), initial=0.0) for x in (mine, theirs - mean)]
 
 
 def _is_memory(node):

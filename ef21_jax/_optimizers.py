@@ -18,6 +18,7 @@ from ._distributed import Distributed, distribute
 from ._feedback import check_decay, ef14, ef21, ef21_p, no_feedback, worker_momentum
 from ._grouped import grouped
 from ._norms import Norm
+from ._placement import here
 from ._polar import unit_scale
 from ._routing import MUON_RULES, SCION_RULES, Rule, claim, compressors_by, norms_by
 from ._settings import Setting, is_zero, per_leaf
@@ -76,8 +77,8 @@ def _of_each(norms, oracle):
 
 def _step(direction, learning_rate, weight_decay=0.0):
     """`direction`, to be added, with decoupled weight decay, times the learning rate."""
-    decay = [] if is_zero(weight_decay) else [optax.add_decayed_weights(-weight_decay)]
-    scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+    decay = [] if is_zero(weight_decay) else [optax.add_decayed_weights(-here(weight_decay))]
+    scale = optax.scale_by_learning_rate(here(learning_rate), flip_sign=False)
     return optax.chain(direction, *decay, scale)
 
 
@@ -255,10 +256,7 @@ def muon(
     The other arguments and the errors are those of `ef21_muon`.
     """
     check_decay(momentum)
-    adam = optax.adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        weight_decay=weight_decay,
-    )
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
 
     def methods(params: Any):
         found = ["adam" if rule.role == "adam" else "spectral" for rule in claim(rules, params)]
@@ -266,9 +264,10 @@ def muon(
 
     def assemble(norms, methods, topology):
         spectral = optax.chain(
-            optax.trace(momentum, nesterov=nesterov),
+            optax.trace(here(momentum), nesterov=nesterov),
             lmo_step(norms, learning_rate, weight_decay=weight_decay),
         )
+        adam = optax.adamw(here(adam_rate), weight_decay=here(weight_decay))
         return distribute(
             worker=optax.identity(),
             server=optax.partition({"spectral": spectral, "adam": adam}, methods),

@@ -1,67 +1,80 @@
 """Arrays that lie along Explicit axes of a mesh.
 
 There JAX asks of every operation where its result lies, and for what we do, to stack, flatten, cut
-and multiply, it cannot tell. So our arithmetic is left to the compiler, and its results are put
-where they belong.
+and multiply, it cannot tell. So our arithmetic is left to the compiler, as along Auto axes, and
+only its results are put in their places.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 
-def with_auto_axes(update: Callable) -> Callable:
-    """An optimizer's `update`, in which Explicit axes of the mesh are Auto.
+def left_to_the_compiler(
+    function: Callable, placed: Callable[..., Any] = lambda *args: P()
+) -> Callable:
+    """`function` of trees, in which Explicit axes of the mesh are Auto.
 
-    Updates are placed as the parameters are, and state as it was. (The workers' axes are manual or
-    mapped by now: these are axes within a worker.)
+    That is for arrays that are spread over devices, or for the devices of one worker; what is whole
+    everywhere JAX can place by itself.
+
+    Args:
+      placed: from the arguments to the places of the results, a prefix tree of `PartitionSpec`s.
+        Without, they are whole on every device.
     """
 
-    def wrapped(updates, state, params=None, **extra_args):
-        axes = jax.sharding.get_abstract_mesh().explicit_axes
-        if not axes:
-            return update(updates, state, params, **extra_args)
+    def wrapped(*args):
+        mesh, enter = _mesh(args)
+        if not (mesh.explicit_axes and (mesh.manual_axes or _spread(args))):
+            return function(*args)
+        leaves, treedef = jax.tree.flatten(args)
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
-        def positional(updates, state, params, extra_args):
-            return update(updates, state, params, **extra_args)
+        def of_arrays(arrays):
+            merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return function(*treedef.unflatten(merged))
 
-        results = updates if params is None else params, state
-        placed = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, results)
-        compiled = jax.sharding.auto_axes(positional, axes=axes, out_sharding=placed)
-        return compiled(updates, state, params, extra_args)
+        automatic = jax.sharding.auto_axes(
+            of_arrays, axes=mesh.explicit_axes, out_sharding=placed(*args)
+        )
+        with enter():
+            return automatic(arrays)
 
     return wrapped
 
 
-def freed(tree: Any) -> Any:
-    """Arrays outside of a step, of whose results JAX does not ask where they lie.
-
-    They lie where they did; in a program that is being traced they are whole on every device.
-    """
-
-    def free(x):
-        if not jax.typeof(x).sharding.mesh.explicit_axes:
-            return x
-        if isinstance(x, jax.core.Tracer):
-            return jax.sharding.reshard(x, P())
-        types = (AxisType.Auto,) * len(x.sharding.mesh.axis_names)
-        mesh = Mesh(x.sharding.mesh.devices, x.sharding.mesh.axis_names, types)
-        return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
-
-    return jax.tree.map(free, tree)
+def places(tree: Any) -> Any:
+    """Where arrays lie: a tree of `PartitionSpec`s."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
-def placed_like(tree: Any, like: Any) -> Any:
-    """What was made of `freed` arrays, where and of the types that those were."""
+def here(x: Any) -> Any:
+    """`x`, a number from outside of a function that is left to the compiler, for use in it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.explicit_axes or not isinstance(x, jax.Array):
+        return x
+    return jax.sharding.reshard(x, P()) if jax.typeof(x).sharding.mesh.explicit_axes else x
 
-    def place(x, like):
-        sharding = jax.typeof(like).sharding
-        if not sharding.mesh.explicit_axes:
-            return x
-        if isinstance(like, jax.core.Tracer):
-            return jax.sharding.reshard(x, sharding.spec)
-        return jax.device_put(x, like.sharding)
 
-    return jax.tree.map(place, tree, like)
+def _mesh(args):
+    """The mesh in force, or else that of the first array whose type names one; and how to enter."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh, contextlib.nullcontext
+    for x in jax.tree.leaves(args):
+        if isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.explicit_axes:
+            mesh = jax.typeof(x).sharding.mesh
+            if isinstance(x, jax.core.Tracer):
+                return mesh, functools.partial(jax.sharding.use_abstract_mesh, mesh)
+            # Called, it sets the mesh at once.
+            return mesh, functools.partial(jax.set_mesh, x.sharding.mesh)  # type: ignore
+    return mesh, contextlib.nullcontext
+
+
+def _spread(args):
+    specs = (jax.typeof(x).sharding.spec for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
+    return any(axis is not None for spec in specs for axis in spec)

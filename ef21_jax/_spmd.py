@@ -33,7 +33,7 @@ def spmd(
         divides n: `("devices", "lanes")`.
       mean_axis_name: as in `distribute`: the axes of the mesh for the devices within a worker, each
         with a batch of its own. Devices along axes that are named nowhere share one worker's
-        arrays, by the compiler; along Explicit ones these lie after a step as before it.
+        arrays, by the compiler; where all axes are Explicit these lie after a step as before it.
       mesh: the devices.
 
     Returns:

@@ -205,12 +205,13 @@ def rounding(compressor, dtype):
 def rounding_of_a_draw(compressor, dtype):
     """What the loss of one draw may exceed 1 by.
 
-    Where C(x), no longer than 2 ‖x‖, is computed, it is off by half an eps of itself: in a single
-    draw perhaps away from x, and only over many at right angles to what is lost.
+    Where C(x) is computed it is at most 2 ‖x‖ long, and rounding moves it by half an eps of that,
+    in a single draw perhaps straight away from x: to a distance of (1 + eps) ‖x‖.
     """
-    if rounding(compressor, dtype) <= 1e-12:
+    computed = ef21.Damping | ef21.RankK | ef21.NuclearSharp | ef21.RandomSubspace
+    if not any(isinstance(part, computed) for part in parts(compressor)):
         return 0.0
-    return 2 * float(jnp.finfo(dtype).eps)
+    return (1 + float(jnp.finfo(dtype).eps)) ** 2 - 1
 
 
 CHOOSING = {ef21.Identity, ef21.Dropout, ef21.TopK, ef21.RandK, ef21.L1Sharp, ef21.BlockTopK}

@@ -262,58 +262,6 @@ def test_a_worker_of_several_devices_is_one_worker(kind, topology):
     agree(tuple(carry), tuple(expected))
 
 
-# What the compiler is left with may be typed: gradients, updates and parameters lie as they lie.
-PLACES = {"hidden": [P("inside"), P(None, "inside")], "odd": [P()], "table": [P(None, "inside")]}
-
-
-@pytest.mark.parametrize(
-    "of_workers", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=SLOW)], ids=str
-)
-@pytest.mark.parametrize("topology", [ef21.Gather(), ef21.Sharded(2)], ids=str)
-def test_axes_within_a_worker_may_be_explicit(topology, of_workers):
-    rng = np.random.default_rng(0)
-    shapes = {"hidden": [(6, 4), (6, 4)], "odd": [(3, 7)], "table": [(5, 6)]}
-    params = {
-        name: [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in several]
-        for name, several in shapes.items()
-    }
-    types = (of_workers, AxisType.Explicit)
-    mesh = jax.make_mesh((2, 2), ("workers", "inside"), axis_types=types)
-    placed = jax.tree.map(lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), params, PLACES)
-    tx = muon(topology)
-    step = jax.jit(ef21.spmd(one_worker(tx), mesh=mesh))
-    batch = jax.device_put(batches(2), NamedSharding(mesh, P("workers")))
-    state = ef21.replicate(tx.init(placed), 2, mesh=mesh)
-    estimate = state.worker[1].estimate
-    along = NamedSharding(mesh, P("workers", None, None, "inside"))
-    estimate["hidden.0+1"] = jax.device_put(estimate["hidden.0+1"], along)
-    carry = placed, state
-    compiled = step.lower(*carry, batch).compile()
-    assert ef21.ledger.audit(compiled, tx, placed, mesh=mesh)
-    books = [ef21.ledger.bytes_per_step(tx, each) for each in (placed, params)]
-    assert books[0] == books[1]
-    for _ in range(6):
-        *carry, _ = step(*carry, batch)
-    expected_params, expected = run(tx, params, 2)
-    agree(tuple(carry), (expected_params, expected))
-
-    found, state = carry
-    models = [ef21.server_params(tx, found, state)]
-    with jax.set_mesh(mesh):
-        models.append(jax.jit(functools.partial(ef21.server_params, tx))(found, state))
-        started = jax.jit(tx.init)(placed)
-    for model in models:
-        agree(model, ef21.server_params(tx, expected_params, expected))
-    where = lambda tree: jax.tree.map(lambda x: jax.typeof(x).sharding, tree)  # noqa: E731
-    if of_workers == AxisType.Explicit:  # jax 0.10 forgets how, of a mesh of both types
-        for result in (found, *models):
-            assert where(result) == where(placed)
-        assert where(state.worker[1].estimate) == where(estimate)
-    agree(started, tx.init(params))
-    estimate = state.server[0].estimate
-    agree(tx.unstack(estimate, found), tx.unstack(expected.server[0].estimate, params))
-
-
 def test_parts_of_a_server_are_unstacked_leaf_by_leaf():
     found = [
         muon(topology).unstack(on_lanes(topology, 4)[1].server[0].estimate, tree(FEW))
