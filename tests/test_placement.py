@@ -115,25 +115,39 @@ def test_what_is_asked_of_arrays_on_explicit_axes_is_what_lanes_say(topology, me
     assert jax.sharding.get_abstract_mesh().empty  # what was entered has been left
 
 
+def ours(learning_rate, momentum, weight_decay):
+    return ef21.ef21_muon(
+        learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        uplink=BLOCKS,
+        rules=RULES,
+        extrapolation=momentum,
+    )
+
+
+def muon_and_adam(learning_rate, momentum, weight_decay):
+    of_hidden = ef21.Rule("hidden", ef21.Spectral(), path="hidden/0")
+    of_others = ef21.Rule("adam", ef21.Sign(), path="hidden/1")
+    return ef21.muon(
+        learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        rules=(of_hidden, of_others),
+    )
+
+
 @pytest.mark.parametrize("mesh_is_set", [False, True], ids=["types alone", "mesh set"])
-def test_a_single_worker_on_explicit_axes_and_hyperparameters_that_are_injected(mesh_is_set):
+@pytest.mark.parametrize("injected", [ours, muon_and_adam])
+def test_a_single_worker_on_explicit_axes_and_hyperparameters_that_are_injected(
+    injected, mesh_is_set
+):
     mesh = mesh_of(("inside", 4), types=AxisType.Explicit)
     normal = np.random.default_rng(0).normal(size=(2, 8, 4))
     hidden = {"hidden": [jnp.asarray(x, jnp.float32) for x in normal]}
     placed = put(hidden, mesh, {"hidden": [P("inside"), P(None, "inside")]})
 
-    @optax.inject_hyperparams
-    def optimizer(learning_rate, momentum, weight_decay):
-        return ef21.ef21_muon(
-            learning_rate,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            uplink=BLOCKS,
-            rules=RULES,
-            extrapolation=momentum,
-        )
-
-    tx = optimizer(learning_rate=0.1, momentum=0.8, weight_decay=0.5)
+    tx = optax.inject_hyperparams(injected)(learning_rate=0.1, momentum=0.8, weight_decay=0.5)
 
     @jax.jit
     def step(params, state):
@@ -142,8 +156,9 @@ def test_a_single_worker_on_explicit_axes_and_hyperparameters_that_are_injected(
 
     expected, found = (hidden, tx.init(hidden)), (placed, tx.init(placed))
     for _ in range(3):
-        expected = step(*expected)
-        with jax.set_mesh(mesh) if mesh_is_set else contextlib.nullcontext():
-            found = step(*found)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it
+            expected = step(*expected)
+            with jax.set_mesh(mesh) if mesh_is_set else contextlib.nullcontext():
+                found = step(*found)
     agree(found[0], expected[0])
     assert specs(found[0]) == specs(placed)
