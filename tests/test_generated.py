@@ -205,13 +205,13 @@ def rounding(compressor, dtype):
 def rounding_of_a_draw(compressor, dtype):
     """What the loss of one draw may exceed 1 by.
 
-    Where C(x) is computed it is at most 2 ‖x‖ long, and rounding moves it by half an eps of that,
-    in a single draw perhaps straight away from x: to a distance of (1 + eps) ‖x‖.
+    Of a projection whose coefficients another compressor errs on by as much as all of them, C(x) is
+    up to 2 ‖x‖ long and as far from x as zero. Rounding moves it by half an eps of its length, in
+    a single draw perhaps straight away from x: to a distance of (1 + eps) ‖x‖.
     """
-    computed = ef21.Damping | ef21.RankK | ef21.NuclearSharp | ef21.RandomSubspace
-    if not any(isinstance(part, computed) for part in parts(compressor)):
-        return 0.0
-    return (1 + float(jnp.finfo(dtype).eps)) ** 2 - 1
+    first, *then = parts(compressor)
+    errs = bool(then) and any(isinstance(p, ef21.RandomSubspace) for p in (first, *then))
+    return (1 + float(jnp.finfo(dtype).eps)) ** 2 - 1 if errs else 0.0
 
 
 CHOOSING = {ef21.Identity, ef21.Dropout, ef21.TopK, ef21.RandK, ef21.L1Sharp, ef21.BlockTopK}
