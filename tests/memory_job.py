@@ -25,6 +25,7 @@ from ef21_jax._messages import wire_bits  # noqa: E402
 WORKERS = 8
 LAYER = (96, 128)
 LAYERS = 2  # that an owner has
+ARRAY = 4 * LAYERS * LAYER[0] * LAYER[1]  # bytes of what a message stands for
 COMPRESSORS = {
     "few": (
         ef21.TopK(0.1),

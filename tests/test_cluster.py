@@ -18,33 +18,40 @@ from experiments import cluster, launch
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("which", "topology"),
+    ("workers", "which", "topology"),
     [
-        ("few", "sharded"),
-        pytest.param("few", "gather", marks=pytest.mark.slow),
-        pytest.param("all", "sharded", marks=pytest.mark.slow),
-        pytest.param("all", "gather", marks=pytest.mark.slow),
+        (2, "few", "sharded"),
+        slow(2, "few", "gather"),
+        *(slow(n, "few", topology) for n in (1, 4, 8) for topology in ("sharded", "gather")),
+        *(slow(n, "all", topology) for n in (2, 4) for topology in ("sharded", "gather")),
     ],
 )
-def test_two_processes_take_the_steps_of_two_lanes(which, topology, tmp_path):
+def test_processes_take_the_steps_of_lanes(workers, which, topology, tmp_path):
     out = tmp_path / "path"
     job = ["-m", "tests.process_job", topology, which, str(out)]
-    command = [sys.executable, "-m", "experiments.launch", "--timeout", "250", "--", *job]
+    launcher = ["-m", "experiments.launch", "--processes", str(workers), "--timeout", "500"]
+    command = [sys.executable, *launcher, "--", *job]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
     uplinks = process_job.UPLINKS[which]
-    tx = process_job.optimizer(topology, uplinks, 2)
-    start = process_job.start(tx, uplinks, 2)
-    lanes = process_job.train(tx, start, process_job.targets(uplinks, 2))
-    first, second = (np.load(f"{out}.{i}.npy") for i in range(2))
-    assert np.all(np.abs(lanes[-1]).mean(axis=(1, 2)) > 0.1), "it has moved"
+    tx = process_job.optimizer(topology, uplinks, workers)
+    start = process_job.start(tx, uplinks, workers)
+    lanes = process_job.train(tx, start, process_job.targets(uplinks, workers))
+    first, *others = (np.load(f"{out}.{i}.npy") for i in range(workers))
+    assert np.all(np.linalg.norm(lanes[-1], axis=(1, 2)) > 0.5), "it has moved"
     assert np.any(lanes[-1] != lanes[-2]), "the downlink has yet to send something"
-    np.testing.assert_array_equal(first, second)
-    for layer, uplink in enumerate(uplinks):
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    names = process_job.layer_names(uplinks)
+    for layer, uplink in enumerate(np.repeat(uplinks, process_job.COPIES)):
         np.testing.assert_allclose(
-            first[:, layer], lanes[:, layer], atol=1e-6, err_msg=repr(uplink)
+            first[:, layer], lanes[:, layer], atol=1e-6, err_msg=f"{names[layer]}, {uplink!r}"
         )
 
 

@@ -26,10 +26,11 @@ def test_the_mean_of_eight_messages_takes_little_more_memory_than_that_of_one(wh
     found = json.loads(done.stdout)
     assert len(found) == len(memory_job.COMPRESSORS[which])
     for compressor, taken in found.items():
-        # As they come, and taken apart.
-        received = 2 * memory_job.WORKERS * taken["message"]
+        received = memory_job.WORKERS * taken["message"]
+        most = 2.5 * taken["alone"]
+        if received > memory_job.ARRAY:  # else what is received is of no account
+            most += 2 * received  # as it comes, and taken apart
         for topology in ("gather", "sharded"):
-            most = 2.5 * taken["alone"] + received
             assert taken[topology] <= most, (compressor, topology, taken)
 
 
