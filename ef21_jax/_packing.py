@@ -78,9 +78,10 @@ def pack_lanes(codes: jax.Array, width: int) -> jax.Array:
         lanes = 8 // part
         padding = [(0, 0)] * (codes.ndim - 1) + [(0, lanes * length - codes.shape[-1])]
         low = jnp.pad(codes & jnp.uint8((1 << part) - 1), padding)
-        pieces = [low[..., lane * length : (lane + 1) * length] for lane in range(lanes)]
-        shifted = [piece << jnp.uint8(lane * part) for lane, piece in enumerate(pieces)]
-        parts.append(functools.reduce(jnp.bitwise_or, shifted))
+        apart = low.reshape(*codes.shape[:-1], lanes, length)
+        place = part * lax.broadcasted_iota(jnp.uint8, apart.shape, apart.ndim - 2)
+        # A reduction, since what is read off the bytes would else have the codes made once a lane.
+        parts.append(jnp.bitwise_or.reduce(apart << place, axis=-2))
         codes = codes >> jnp.uint8(part % 8)
     return jnp.concatenate([codes[..., :0], *parts], axis=-1)
 
