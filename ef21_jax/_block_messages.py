@@ -10,7 +10,8 @@ from jax import lax
 from . import _packing
 from ._blocks import Runs, Skewed
 from ._codes import Code
-from ._messages import Floats, Message, in_turn, wire_bits, zeros_for
+from ._messages import Floats, Message, in_turn, wire_bits
+from ._order import zeros_after
 from ._positions import log2_binomial
 
 
@@ -72,8 +73,7 @@ class BlockSparse(Message):
         values, positions = self._entries()
         # One of each group is never one of another, but k of a group are all one in an all-zero
         # message.
-        flat = jax.ShapeDtypeStruct((math.prod(self.shape),), values.dtype)
-        zeros = zeros_for(self.rows, flat)
+        zeros = zeros_after(positions, (math.prod(self.shape),), values.dtype)
         distinct = len(values) == 1
         dense = zeros.at[positions].set(values, mode="drop", unique_indices=distinct)
         return dense.reshape(self.shape)

@@ -17,7 +17,7 @@ from . import _axes, _placement, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._links import Links
-from ._messages import Floats, expand, is_message
+from ._messages import Floats, expand, expand_in_turn, is_message
 from ._packing import to_bits
 from ._repeatable import Repeatable
 from ._state import DistributedState, as_parts_of, find_state, own_parts
@@ -166,10 +166,11 @@ def distribute(
         arrays = expand(messages)
         finite = _all_finite((updates, arrays, proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        arrays = _or_zero(finite, arrays)
+        # Again, from messages that are known to be finite: the arrays are not held till then. From
+        # other operands than before, since in the same the compiler would find the same arrays.
+        messages = _silenced(finite, messages)
+        arrays = expand_in_turn(messages)
         if isinstance(worker, Repeatable):
-            # Of other operands than before, since of the same the compiler would find, and hold,
-            # the same arrays.
             arrays, kept = worker.update(
                 _or_zero(finite, updates),
                 state.worker,
@@ -184,7 +185,7 @@ def distribute(
             kept = _select(finite, proposed, state.worker)
         mean = arrays
         if _axes.names(axis_name):
-            mean = _topologies.average(topology, _silenced(finite, messages), links)
+            mean = _topologies.average(topology, messages, links)
         return mean, kept, rejected
 
     def update(updates, state, params=None, **extra_args):

@@ -20,7 +20,8 @@ from jax import lax
 
 from ._compressors import Compressor, Identity
 from ._dtypes import rounded, without_overflow
-from ._messages import expand
+from ._messages import Floats, dense, expand
+from ._order import after
 from ._placement import here
 from ._repeatable import Repeatable, either
 from ._settings import Setting, is_zero, per_leaf
@@ -63,6 +64,10 @@ def compress(
       shared_key: likewise, for `shared` compressors: the same at all workers. None, for a single
         worker: `key`.
       choose: of the keys of all layers of a stacked leaf, those of the layers that `tree` has.
+
+    A worker, which has a `shared_key`, takes a leaf up when it has taken apart the message before,
+    as it will: what is needed on the way need not be held for all. Not so a server, where one leaf
+    may be the same at all workers and the next one not.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
@@ -72,10 +77,13 @@ def compress(
         jax.vmap(jax.random.fold_in, in_axes=(None, 0))(k, jnp.asarray(sum(numbers, ()), int))
         for k in (key, key if shared_key is None else shared_key)
     )
-    messages, start = [], 0
+    messages: list[Any] = []
+    start = 0
     for leaf, compressor, of_leaf in zip(leaves, chosen, numbers, strict=True):
         keys = (shared if compressor.shared else own)[start : start + len(of_leaf)]
         keys = keys[0] if compressor.numbers is None else choose(keys)
+        if shared_key is not None and messages and not isinstance(messages[-1], Floats):
+            leaf = after(leaf, dense(messages[-1]))
         messages.append(compressor.compress(leaf, keys))
         start += len(of_leaf)
     return treedef.unflatten(messages)

@@ -30,6 +30,7 @@ from jax import lax
 from . import _packing
 from ._dtypes import at_least_float32
 from ._grouping import each_layer
+from ._order import after, zeros_after
 from ._positions import Positions, Strata
 
 
@@ -94,6 +95,15 @@ def expand(messages: Any) -> Any:
     return jax.tree.map(dense, messages, is_leaf=is_message)
 
 
+def expand_in_turn(messages: Any) -> Any:
+    """`expand`, one message after the other, so that the arrays need not be held together."""
+    nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
+    arrays: list[jax.Array] = []
+    for node in nodes:
+        arrays.append(dense(after(node, arrays[-1]) if arrays and is_message(node) else node))
+    return treedef.unflatten(arrays)
+
+
 def wire_bits(message: Any) -> int:
     """What a message, or a whole tree of them, takes on the wire: an exact Python integer.
 
@@ -118,17 +128,8 @@ def in_turn(
     add: Callable[[jax.Array, Any], jax.Array], like: jax.ShapeDtypeStruct, messages: Any
 ) -> jax.Array:
     """`add`s to zeros of the shape and dtype of `like` each of the stacked messages, in order."""
-    zeros = zeros_for(messages, like)
+    zeros = zeros_after(jax.tree.leaves(messages)[0], like.shape, like.dtype)
     return lax.scan(lambda partial, message: (add(partial, message), None), zeros, messages)[0]
-
-
-def zeros_for(messages: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros to add `messages` to, of the shape and dtype of `like`."""
-    # Inside `shard_map` a scan must start from a carry that varies over the axes its steps vary
-    # over. Adding a zero made of the messages gives it just those. Nor will the compiler hold them
-    # from the beginning, and copy them for each that has zeros of this shape.
-    zero = jax.tree.leaves(messages)[0].ravel()[:1].astype(like.dtype) * 0
-    return jnp.zeros(like.shape, like.dtype) + jnp.sum(zero)
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _packing
+from ._order import zeros_after
 
 
 def _static():
@@ -41,10 +42,11 @@ class Positions(abc.ABC):
 
     def place(self, values: jax.Array) -> jax.Array:
         """Zeros of shape (size, ...) with `values`, shape (count, ...), at the positions."""
-        zeros = jnp.zeros((self.size, *values.shape[1:]), values.dtype)
+        positions = self.positions()
+        zeros = zeros_after(positions, (self.size, *values.shape[1:]), values.dtype)
         # `set`, since `add` would take subnormal values for zero. In an all-zero message positions
         # repeat, in all others they do not.
-        return zeros.at[self.positions()].set(values)
+        return zeros.at[positions].set(values)
 
     def add_to(self, partial: jax.Array, values: jax.Array) -> jax.Array:
         """`partial`, of any shape with `size` rows of values, and `values` added to it in place."""

@@ -25,6 +25,7 @@ ORDER = [
     "_placement",
     "_state",
     "_spmd",
+    "_order",
     "_grouping",
     "_random",
     "_packing",
