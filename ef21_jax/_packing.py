@@ -5,7 +5,6 @@ Every array that travels is made here and read back here. Nothing in this module
 writing end saw, and both decode from those.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax

@@ -59,9 +59,7 @@ def share_of_parameters(uplink, shapes):
 @pytest.mark.parametrize(
     ("uplink", "most"), [(ef21.Identity(), 0.6), (ef21.BlockTopK(), 0.8)], ids=repr
 )
-def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(
-    uplink, most, optimized
-):
+def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(uplink, most, optimized):
     assert share_of_parameters(uplink, SHAPES) <= most
 
 

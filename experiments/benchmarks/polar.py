@@ -34,7 +34,7 @@ SCALES = (1.0, 1e30, 1e-30)
 
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
-    turns: int = 5  # each of them times everything once
+    turns: int = 15  # each of them times everything once
     size: int = 768  # m: timed are m × 4m, 4m × m and m × m
     alignment_size: int = 256  # m of the matrices that alignment is measured on
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the timed matrices
