@@ -20,7 +20,7 @@ from jax import lax
 
 from ._compressors import Compressor, Identity
 from ._dtypes import rounded, without_overflow
-from ._messages import Floats, dense, expand
+from ._messages import dense, expand
 from ._order import after
 from ._placement import here
 from ._repeatable import Repeatable, either
@@ -65,9 +65,9 @@ def compress(
         worker: `key`.
       choose: of the keys of all layers of a stacked leaf, those of the layers that `tree` has.
 
-    A worker, which has a `shared_key`, takes a leaf up when it has taken apart the message before,
-    as it will: what is needed on the way need not be held for all. Not so a server, where one leaf
-    may be the same at all workers and the next one not.
+    A worker, which has a `shared_key`, compresses a leaf when it has taken apart the message of the
+    last one that it compressed, as it will: what is needed on the way need not be held for all. Not
+    so a server, where one leaf may be the same at all workers and the next one not.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
@@ -77,14 +77,14 @@ def compress(
         jax.vmap(jax.random.fold_in, in_axes=(None, 0))(k, jnp.asarray(sum(numbers, ()), int))
         for k in (key, key if shared_key is None else shared_key)
     )
-    messages: list[Any] = []
-    start = 0
+    messages, start, before = [], 0, None
     for leaf, compressor, of_leaf in zip(leaves, chosen, numbers, strict=True):
         keys = (shared if compressor.shared else own)[start : start + len(of_leaf)]
         keys = keys[0] if compressor.numbers is None else choose(keys)
-        if shared_key is not None and messages and not isinstance(messages[-1], Floats):
-            leaf = after(leaf, dense(messages[-1]))
+        if compressor != Identity():  # which needs nothing on the way
+            leaf = leaf if before is None or shared_key is None else after(leaf, dense(before))
         messages.append(compressor.compress(leaf, keys))
+        before = before if compressor == Identity() else messages[-1]
         start += len(of_leaf)
     return treedef.unflatten(messages)
 

@@ -98,9 +98,13 @@ def expand(messages: Any) -> Any:
 def expand_in_turn(messages: Any) -> Any:
     """`expand`, one message after the other, so that the arrays need not be held together."""
     nodes, treedef = jax.tree.flatten(messages, is_leaf=is_message)
-    arrays: list[jax.Array] = []
+    arrays, before = [], None
     for node in nodes:
-        arrays.append(dense(after(node, arrays[-1]) if arrays and is_message(node) else node))
+        if not is_message(node) or isinstance(node, Floats):  # there is nothing to be made
+            arrays.append(dense(node))
+            continue
+        before = dense(node if before is None else after(node, before))
+        arrays.append(before)
     return treedef.unflatten(arrays)
 
 

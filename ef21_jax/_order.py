@@ -14,7 +14,7 @@ import jax.numpy as jnp
 def after(tree: Any, array: jax.Array) -> Any:
     """The arrays of `tree`, bit for bit, which cannot be had before `array`.
 
-    But for subnormal floats, which a CPU takes for zero in any arithmetic.
+    But for subnormal floats, which a CPU may take for zero in any arithmetic.
     """
     zero = _zero_of(array)
 
@@ -39,5 +39,7 @@ def _zero_of(array):
     """A zero that is not known before `array`, whatever that holds: shape (), float32."""
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = array == array
+    # An array that is spread over devices stays so, which it would not on its way to a vector.
+    first = array[(slice(0, 1),) * array.ndim]
     # That a float times zero is zero no compiler may assume. An empty array sums to zero.
-    return jnp.sum(jnp.abs(array.ravel()[:1].astype(jnp.float32) * 0))
+    return jnp.sum(jnp.abs(first.astype(jnp.float32) * 0))

@@ -79,7 +79,8 @@ def pack_lanes(codes: jax.Array, width: int) -> jax.Array:
         low = jnp.pad(codes & jnp.uint8((1 << part) - 1), padding)
         apart = low.reshape(*codes.shape[:-1], lanes, length)
         place = part * lax.broadcasted_iota(jnp.uint8, apart.shape, apart.ndim - 2)
-        # A reduction, since what is read off the bytes would else have the codes made once a lane.
+        # A sum, which a compiler keeps: of ORs it would make the codes anew for each lane that is
+        # unpacked from the bytes.
         parts.append(jnp.sum(apart << place, axis=-2, dtype=jnp.uint8))
         codes = codes >> jnp.uint8(part % 8)
     return jnp.concatenate([codes[..., :0], *parts], axis=-1)

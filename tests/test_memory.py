@@ -77,6 +77,9 @@ def test_layers_are_compressed_one_after_the_other(uplink, optimized):
     # No two of them are stacked. At once, they would take from one to three times the parameters.
     shapes = [(64, 64 + 16 * number) for number in range(8)]
     assert share_of_parameters(uplink, shapes) <= 0.7
+    # Vectors between them, which are sent as they are, wait for none and keep none waiting.
+    mixed = [each for number, shape in enumerate(shapes) for each in (shape, (17 + number,))]
+    assert share_of_parameters([uplink, ef21.Identity()] * len(shapes), mixed) <= 0.7
 
 
 @pytest.mark.parametrize(
