@@ -81,10 +81,13 @@ def compress(
     for leaf, compressor, of_leaf in zip(leaves, chosen, numbers, strict=True):
         keys = (shared if compressor.shared else own)[start : start + len(of_leaf)]
         keys = keys[0] if compressor.numbers is None else choose(keys)
-        if compressor != Identity():  # which needs nothing on the way
-            leaf = leaf if before is None or shared_key is None else after(leaf, dense(before))
+        # What is sent as it is needs nothing on the way, and has no part in the order.
+        waits = shared_key is not None and compressor != Identity()
+        if waits and before is not None:
+            leaf = after(leaf, before)
         messages.append(compressor.compress(leaf, keys))
-        before = before if compressor == Identity() else messages[-1]
+        if waits:
+            before = dense(messages[-1])
         start += len(of_leaf)
     return treedef.unflatten(messages)
 

@@ -44,7 +44,8 @@ def test_processes_take_the_steps_of_lanes(workers, which, topology, tmp_path):
     start = process_job.start(tx, uplinks, workers)
     lanes = process_job.train(tx, start, process_job.targets(uplinks, workers))
     first, *others = (np.load(f"{out}.{i}.npy") for i in range(workers))
-    assert np.all(np.linalg.norm(lanes[-1], axis=(1, 2)) > 0.5), "it has moved"
+    least = 0.1 if workers <= 2 else 0.02
+    assert np.all(np.abs(lanes[-1]).mean(axis=(1, 2)) > least), "it has moved"
     assert np.any(lanes[-1] != lanes[-2]), "the downlink has yet to send something"
     for other in others:
         np.testing.assert_array_equal(other, first)
