@@ -85,6 +85,8 @@ OWN = {
     "rank25_4bit_x2": Recipe(RANK25, extrapolation=2.0),
     "rank25_4bit_both_x2": Recipe(RANK25, NATURAL_4BIT, extrapolation=2.0),
     "rank25_4bit_block4_x2": Recipe(RANK25, BLOCK4, extrapolation=2.0),  # BLOCK4 back
+    # Two bits a parameter back, which come later: so farther ahead.
+    "rank25_4bit_two_level_x3": Recipe(RANK25, ef21.TwoLevel(), extrapolation=3.0),
     "rank15_4bit_both_x3": Recipe(RANK15, NATURAL_4BIT, extrapolation=3.0),
     "rank10_4bit_both_x3": Recipe(RANK10, NATURAL_4BIT, extrapolation=3.0),
 }
