@@ -354,9 +354,9 @@ def test_scaling_end_to_end(tmp_path, capsys):
     # 2 (n − 1) / n of the gradient: 4 layers of 12 · 16² entries, and 256 · 16.
     assert sent["dense", 4] == 1.5 * 4 * (4 * 12 * 16**2 + 256 * 16)
     # A message goes to n − 1 others; shares of messages and of answers are (n − 1) / n.
-    assert target["gather_bytes_n4_over_n2"] == pytest.approx(3.0)
-    assert target["bytes_n4_over_n2"] == pytest.approx(1.5, abs=0.05)
-    assert target["messages_n4_over_n2"] == pytest.approx(1.0, abs=0.05)
+    assert target["gather_leaving_n4_over_n2"] == pytest.approx(3.0)
+    assert target["sharded_leaving_n4_over_n2"] == pytest.approx(1.5, abs=0.05)
+    assert target["bytes_n4_over_n2"] == pytest.approx(1.0, abs=0.05)
     assert target["sharded_over_dense_both_ways"] == sent["sharded", 4] / sent["dense", 4] < 0.2
     assert all(row["seconds"] > 0 for row in record["rows"])
     printed = capsys.readouterr().out

@@ -7,8 +7,9 @@ the compiled program have a worker send, held against the ledger. Seconds are of
 on the layers of a GPT, gradients given, on devices that share this machine's processor cores. So
 work that every worker repeats takes n times as long here, which on n machines it would not.
 
-A worker's own share of what is dealt out, 1/n, never leaves it. Targets named `bytes` are of what
-does, the one named `messages` of all: of the whole message and the whole answer.
+A worker is itself the owner of 1/n of what is dealt out, and that much never leaves it. The table
+and the targets named `leaving` are of what does, which for a dense all-reduce and a sharded server
+grows as (n - 1) / n. `bytes_n8_over_n2` is of the sharded server's message and answer as such.
 
     python -m experiments.benchmarks.scaling
     python -m experiments.benchmarks.scaling --workers 2 4 --json scaling.json
@@ -147,12 +148,11 @@ def report(config, args, rows, seconds):
     if len(several) > 1:
         least, most = min(several), max(several)
         for method in config.methods:
-            name = "bytes" if method == "sharded" else f"{method}_bytes"
             growth = sent[method, most] / sent[method, least]
-            figures[f"{name}_n{most}_over_n{least}"] = growth
+            figures[f"{method}_leaving_n{most}_over_n{least}"] = growth
             if method == "sharded":
                 left = (1 - 1 / most) / (1 - 1 / least)
-                figures[f"messages_n{most}_over_n{least}"] = growth / left
+                figures[f"bytes_n{most}_over_n{least}"] = growth / left
     timing.finish(config, MODULE, args, figures, rows=rows)
     if config.json is not None:
         print(f"Wrote {config.json} and {pictures.scaling(config.json)}")
