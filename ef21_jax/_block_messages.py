@@ -78,6 +78,9 @@ class BlockSparse(Message):
         dense = zeros.at[positions].set(values, mode="drop", unique_indices=distinct)
         return dense.reshape(self.shape)
 
+    def bound(self):
+        return self.values.bound()
+
     def added_to(self, partial):
         values, positions = self._entries()
         flat = partial.ravel()

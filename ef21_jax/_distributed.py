@@ -17,7 +17,7 @@ from . import _axes, _placement, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
 from ._links import Links
-from ._messages import Floats, expand, expand_in_turn, is_message
+from ._messages import Floats, dense, expand_in_turn, is_message
 from ._packing import to_bits
 from ._repeatable import Repeatable
 from ._state import DistributedState, as_parts_of, find_state, own_parts
@@ -159,15 +159,14 @@ def distribute(
         )
 
     def exchange(updates, state, params, keys, **extra_args):
+        first = {"provisional": True} if isinstance(worker, Repeatable) else {}
         messages, proposed = worker.update(
-            updates, state.worker, widen(params), **keys, **extra_args
+            updates, state.worker, widen(params), **keys, **first, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
-        arrays = expand(messages)
-        finite = _all_finite((updates, arrays, proposed), _axes.worker_count(axis_name))
+        sizes = jax.tree.map(_bounded, messages, is_leaf=is_message)
+        finite = _all_finite((updates, sizes, proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        # Again, from messages that are known to be finite: the arrays are not held till then. From
-        # other operands than before, since in the same the compiler would find the same arrays.
         messages = _silenced(finite, messages)
         arrays = expand_in_turn(messages)
         if isinstance(worker, Repeatable):
@@ -290,15 +289,23 @@ def _silenced(finite, messages):
     return jax.tree.map(silence, messages, is_leaf=is_message)
 
 
+def _bounded(node):
+    """No more than what bounds the array that `node` stands for, where that is not at hand."""
+    return dense(node) if isinstance(node, Floats) or not is_message(node) else node.bound()
+
+
 def _all_finite(tree, num_workers):
-    """Whether every float is finite, and small enough that the sum over the workers will be."""
+    """Whether every float is finite, and so small that sums over the workers will be as well.
+
+    And of two of them before that, see `Repeatable`.
+    """
     alike: dict[Any, list[jax.Array]] = {}
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             alike.setdefault((leaf.shape, leaf.dtype), []).append(leaf)
     finite = []
     for (_, dtype), leaves in alike.items():
-        limit = _size(jnp.asarray(jnp.finfo(dtype).max / (2 * num_workers), dtype))
+        limit = _size(jnp.asarray(jnp.finfo(dtype).max / (4 * num_workers), dtype))
         for start in range(0, len(leaves), _TOGETHER):
             sizes = _largest_sizes(leaves[start : start + _TOGETHER])
             finite += [size <= limit for size in sizes]

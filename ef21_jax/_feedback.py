@@ -20,7 +20,7 @@ from jax import lax
 
 from ._compressors import Compressor, Identity
 from ._dtypes import rounded, without_overflow
-from ._messages import dense, expand
+from ._messages import expand
 from ._order import after
 from ._placement import here
 from ._repeatable import Repeatable, either
@@ -65,9 +65,9 @@ def compress(
         worker: `key`.
       choose: of the keys of all layers of a stacked leaf, those of the layers that `tree` has.
 
-    A worker, which has a `shared_key`, compresses a leaf when it has taken apart the message of the
-    last one that it compressed, as it will: what is needed on the way need not be held for all. Not
-    so a server, where one leaf may be the same at all workers and the next one not.
+    A worker, which has a `shared_key`, compresses a leaf when it has the message of the last one
+    that it compressed: what is needed on the way need not be held for all. Not so a server, where
+    one leaf may be the same at all workers and the next one not.
     """
     leaves, treedef = jax.tree.flatten(tree)
     chosen = per_leaf(compressors, tree, Compressor)
@@ -87,7 +87,7 @@ def compress(
             leaf = after(leaf, before)
         messages.append(compressor.compress(leaf, keys))
         if waits:
-            before = dense(messages[-1])
+            before = messages[-1].bound()  # which takes all of it, and is asked for anyhow
         start += len(of_leaf)
     return treedef.unflatten(messages)
 
@@ -140,10 +140,12 @@ def ef21(compressors: Setting, *, extrapolation: float | jax.Array = 0.0) -> Err
         per_leaf(compressors, params, Compressor)  # an error as early as can be
         return EF21State(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, **extra_args):
+    def send(updates, state, params=None, *, key, provisional=False, **extra_args):
         del params
         change = optax.tree.sub(_once(updates, extra_args), state.estimate)
         messages = _messages(compressors, change, key, **extra_args)
+        if provisional:  # the two of which the sum will be made
+            return messages, state
         return messages, EF21State(optax.tree.add(state.estimate, expand(messages)))
 
     def ahead(g, r):
@@ -175,10 +177,12 @@ def ef14(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return ResidualState(optax.tree.zeros_like(params))
 
-    def send(updates, state, params=None, *, key, **extra_args):
+    def send(updates, state, params=None, *, key, provisional=False, **extra_args):
         del params
         target = optax.tree.add(state.residual, _once(updates, extra_args))
         messages = _messages(compressors, target, key, **extra_args)
+        if provisional:  # the two of which the difference will be made
+            return messages, ResidualState(target)
         withheld = optax.tree.sub(target, expand(messages))
         accepted = extra_args.get("accepted", True)
         kept = jax.tree.map(functools.partial(either, accepted), withheld, state.residual)
@@ -195,8 +199,8 @@ def no_feedback(compressors: Setting) -> ErrorFeedback:
         per_leaf(compressors, params, Compressor)
         return optax.EmptyState()
 
-    def send(updates, state, params=None, *, key, **extra_args):
-        del params
+    def send(updates, state, params=None, *, key, provisional=False, **extra_args):
+        del params, provisional
         return _messages(compressors, _once(updates, extra_args), key, **extra_args), state
 
     server = optax.with_extra_args_support(optax.identity())

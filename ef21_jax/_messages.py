@@ -31,6 +31,7 @@ from . import _packing
 from ._dtypes import at_least_float32
 from ._grouping import each_layer
 from ._order import after, zeros_after
+from ._polar import over_largest
 from ._positions import Positions, Strata
 
 
@@ -70,6 +71,14 @@ class Message(abc.ABC):
         """The sum of `partial` and the array this message stands for."""
         return partial + self.dense()
 
+    def bound(self) -> jax.Array:
+        """What no entry of the array exceeds in magnitude: shape (), floating.
+
+        Not finite where a float of the message is not. Of all of the message, but not of the array,
+        where that takes more than a look at each entry to make.
+        """
+        return jnp.max(jnp.abs(self.dense()), initial=0)
+
     def total(self) -> jax.Array:
         """The sum of the arrays that n messages, stacked along a new leading axis, stand for.
 
@@ -106,6 +115,14 @@ def expand_in_turn(messages: Any) -> Any:
         before = dense(node if before is None else after(node, before))
         arrays.append(before)
     return treedef.unflatten(arrays)
+
+
+def longest(x: jax.Array, axis: int) -> jax.Array:
+    """The largest Euclidean norm of the vectors along `axis`, or a little more: shape ()."""
+    x = x.astype(at_least_float32(x.dtype))
+    unit, largest = over_largest(x, tuple(range(x.ndim)))  # squares of huge floats overflow
+    norm = jnp.sqrt(jnp.max(jnp.sum(jnp.square(unit), axis), initial=0))
+    return largest.reshape(()) * norm * (1 + 2**-10)
 
 
 def wire_bits(message: Any) -> int:
@@ -196,6 +213,9 @@ class LowRank(Message):
         )
         return product.reshape(self.shape)
 
+    def bound(self):  # an entry is the product of two rows
+        return longest(self.left.dense(), -1) * longest(self.right.dense(), -1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +230,9 @@ class Stacked(Message):
     def total(self):
         by_layer = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), self.layers)
         return each_layer(lambda messages: messages.total(), by_layer)
+
+    def bound(self):
+        return jnp.max(jax.vmap(lambda message: message.bound())(self.layers))
 
     @property
     def summable(self):
@@ -227,6 +250,9 @@ class _Around(Message):
     """A message whose floats are those of another, `inner`."""
 
     inner: Message
+
+    def bound(self):
+        return self.inner.bound()
 
     @property
     def summable(self):
@@ -286,6 +312,9 @@ class Sparse(Message):
     def added_to(self, partial):
         return self.where.add_to(partial, self.values.dense())
 
+    def bound(self):
+        return self.values.bound()
+
     @property
     def summable(self):
         return isinstance(self.where, Strata) and self.where.shared and self.values.summable
@@ -339,6 +368,9 @@ class SignedOnes(Message):
         entry = jnp.where(code > m, -magnitude, magnitude)
         return jnp.where(here, entry, jnp.zeros_like(entry)).reshape(self.shape)
 
+    def bound(self):
+        return self.magnitude.bound()
+
     @property
     def information(self) -> float:
         """The bits that the best code for positions and signs would take."""
@@ -378,6 +410,9 @@ class Subspace(Message):
         form = f"sr,...rl->...{'sl' if m <= n else 'ls'}"
         product = jnp.einsum(form, basis, values.astype(basis.dtype), precision="highest")
         return product.astype(values.dtype)
+
+    def bound(self):  # the rows of the basis are no longer than one
+        return longest(self.coefficients.dense(), -2)
 
     @property
     def summable(self):

@@ -13,11 +13,16 @@ import optax
 class Repeatable(optax.GradientTransformationExtraArgs):
     """A transformation on the worker's side whose `update` may be called again.
 
-    Then it is given the same state, and two more arguments. `accepted` says, traced, whether what
-    it made before is to be kept: if so gradients are the same too; if not they are zero, and it
-    must leave the state that it is given. `sent` are the arrays that its messages stand for, or
-    zeros if not accepted. It must not compress again, but gives these back; where making one again
-    takes no more than a pass it does that instead, so that `sent` need not be held.
+    The first time `provisional` is true. What it returns in the state's place is not kept then, but
+    looked at, and need not be the state: arrays of the like will do which, if they and all that the
+    messages stand for are less than a quarter of the largest float, say that the state's are less
+    than half of it. So no message has to be taken apart.
+
+    The second time it is given the same state, and two more arguments. `accepted` says, traced,
+    whether what it made before is to be kept: if so gradients are the same too; if not they are
+    zero, and it must leave the state that it is given. `sent` are the arrays that its messages
+    stand for, or zeros if not accepted. It must not compress again, but gives these back; where
+    making one again takes no more than a pass it does that instead, and `sent` need not be held.
     """
 
     @staticmethod

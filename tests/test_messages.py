@@ -69,6 +69,26 @@ def test_a_message_of_zeros_stands_for_zero(compressor):
     assert np.all(np.asarray(expanded) == 0) and np.all(np.asarray(total) == 0)
 
 
+@pytest.mark.parametrize("compressor", ALL, ids=repr)
+def test_no_entry_exceeds_the_bound(compressor):
+    stacked, expanded = messages(compressor)
+    bounds = jax.jit(jax.vmap(lambda message: message.bound()))(stacked)
+    most = np.max(np.abs(np.asarray(expanded)), axis=tuple(range(1, expanded.ndim)))
+    assert np.all(most <= bounds)
+    # Rows of factors bound their products, and may not meet; everything else is exact.
+    assert np.all(bounds <= 40 * most)
+
+
+@pytest.mark.parametrize("compressor", ALL, ids=repr)
+@pytest.mark.parametrize("spoiled", [3.4e38, np.inf, np.nan], ids=str)
+def test_a_bound_is_not_finite_where_the_array_is_not(compressor, spoiled):
+    x = 3.4e38 * np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
+    x[3, 4] = spoiled
+    message = jax.jit(compressor.compress)(x, KEY)
+    if not np.all(np.isfinite(ef21.dense(message))):
+        assert not np.isfinite(message.bound())
+
+
 def test_an_array_stands_for_itself_and_a_tree_expands_in_place():
     x = jnp.arange(6.0).reshape(2, 3)
     assert ef21.dense(x) is x
