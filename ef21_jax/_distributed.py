@@ -37,6 +37,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
       stack: from a tree like the parameters to how the state lays it out (see `grouped`).
       unstack: from that, and a tree like the parameters, back.
       topology: who averages the messages, and takes the server's step.
+      check: raises a ValueError, while a step is traced, for gradients that are not a worker's own.
     """
 
     messages: Callable[[optax.Params], tuple[Any, Any]]
@@ -44,6 +45,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
     stack: Callable[[Any], Any]
     unstack: Callable[[Any, Any], Any]
     topology: Topology
+    check: Callable[[Any], None]
 
     @classmethod
     def of(
@@ -54,6 +56,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
         messages: Callable,
         traffic: Callable,
         topology: Topology,
+        check: Callable[[Any], None],
         stack: Callable = lambda tree: tree,
         unstack: Callable = _topologies.join,
     ) -> "Distributed":
@@ -64,6 +67,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
         transformation.stack = stack
         transformation.unstack = unstack
         transformation.topology = topology
+        transformation.check = check
         return transformation
 
 
@@ -144,6 +148,12 @@ def distribute(
     downlink = None if downlink is None else optax.with_extra_args_support(downlink)
     links = Links(axis_name, mean_axis_name)
 
+    def check(updates):
+        for axis in (axis_name, mean_axis_name):
+            _axes.check_bound(axis)
+            _axes.check_local(updates, axis)
+        topology.check(axis_name)
+
     def init(params):
         params = widen(params)
         return DistributedState(
@@ -188,7 +198,7 @@ def distribute(
         return mean, kept, rejected
 
     def update(updates, state, params=None, **extra_args):
-        _check_axes(updates, links, topology)
+        check(updates)
         updates = _mean_within(widen(updates), mean_axis_name)
         index = _axes.worker_index(axis_name)
         up, at_server, down = _keys(seed, state.count)
@@ -236,14 +246,9 @@ def distribute(
             return {}
         return _topologies.traffic(topology, *messages(params))
 
-    return Distributed.of(init, update, messages=messages, traffic=traffic, topology=topology)
-
-
-def _check_axes(updates, links, topology):
-    for axis in (links.axis_name, links.inside):
-        _axes.check_bound(axis)
-        _axes.check_local(updates, axis)
-    topology.check(links.axis_name)
+    return Distributed.of(
+        init, update, messages=messages, traffic=traffic, topology=topology, check=check
+    )
 
 
 def _mean_within(updates, mean_axis_name):

@@ -38,7 +38,9 @@ def grouped(
       ValueError: as `assemble` does; when first given parameters, for settings that do not fit.
     """
     # An error at once.
-    assemble(topology=topology, **{name: setting for name, (setting, _) in settings.items()})
+    assembled = assemble(
+        topology=topology, **{name: setting for name, (setting, _) in settings.items()}
+    )
 
     def of(tree) -> tuple[Grouping, Distributed]:
         chosen = {n: per_leaf(setting, tree, kind) for n, (setting, kind) in settings.items()}
@@ -58,6 +60,7 @@ def grouped(
 
     def update(updates, state, params=None, **extra_args):
         grouping, inner = of(updates if params is None else params)
+        inner.check(updates)  # a stack is a worker's own as soon as one of its layers is
         stacked = None if params is None else grouping.stack(params)
         steps, state = inner.update(grouping.stack(updates), state, stacked, **extra_args)
         return grouping.unstack(steps, state.count), state
@@ -81,6 +84,7 @@ def grouped(
         messages=messages,
         traffic=traffic,
         topology=topology,
+        check=assembled.check,
         stack=_placement.left_to_the_compiler(lambda tree: of(tree)[0].stack(tree)),
         unstack=_placement.left_to_the_compiler(unstack),
     )

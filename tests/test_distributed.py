@@ -138,6 +138,21 @@ def test_gradients_that_were_summed_already_are_an_error_that_says_what_to_do():
         jax.eval_shape(step, PARAMS, batch_of(NUM_WORKERS))
 
 
+@pytest.mark.parametrize("method", [ef21.ef21_muon, ef21.ef21_sgd], ids=lambda m: m.__name__)
+def test_one_gradient_of_a_stack_that_was_summed_already_is_named(method):
+    tx, mesh = method(0.1, uplink=ef21.Identity(), axis_name="workers"), mesh_of(NUM_WORKERS)
+    params = {name: {"kernel": jnp.zeros((4, 3))} for name in ("own", "summed")}
+
+    def body(params, batch):
+        seen = {**params, "own": ef21.varying(params["own"], "workers")}
+        grads = jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(p))) * batch[0])(seen)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    step = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("workers")), out_specs=P())
+    with pytest.raises(ValueError, match=r"already summed over it: summed/kernel\. "):
+        jax.eval_shape(step, params, jnp.ones(NUM_WORKERS))
+
+
 def test_a_single_worker_needs_no_axis():
     tx, lanes = optimizer(UPLINKS[2], None), optimizer(UPLINKS[2], "workers")
     batch = jax.tree.map(lambda x: x[0], BATCH)
