@@ -33,8 +33,9 @@ COORDINATOR, PROCESSES, PROCESS_ID = (
 def initialize() -> None:
     """Joins the job that this process was started for, if any. Call it before anything of JAX.
 
-    Under `experiments.launch`: that job. Elsewhere JAX looks for SLURM, a TPU pod and the others
-    that it knows, as `jax.distributed.initialize()` does; where it finds none, nothing happens.
+    Under `experiments.launch`: that job, as where somebody else has set the three variables that
+    it sets. Elsewhere JAX looks for SLURM, a TPU pod and the others that it knows, as
+    `jax.distributed.initialize()` does; where it finds none, nothing happens.
     """
     if COORDINATOR in os.environ:
         address = os.environ[COORDINATOR]
@@ -68,10 +69,10 @@ def join(workers: int) -> Mesh:
     Raises:
       ValueError: where there are not so many devices.
     """
-    if COORDINATOR not in os.environ:
+    initialize()
+    if not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # JAX has begun, with the devices that it has
             jax.config.update("jax_num_cpu_devices", workers)
-    initialize()
     if jax.device_count() != workers:
         raise ValueError(
             f"{workers} workers want a device each, and there are {jax.device_count()}: pass "

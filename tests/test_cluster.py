@@ -101,6 +101,32 @@ def job(*codes):
     return [([sys.executable, "-c", code], None) for code in codes]
 
 
+def test_under_slurm_a_process_has_the_devices_of_its_host_and_no_more():
+    # What `srun --ntasks 2` tells its tasks, both on this machine.
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+    }
+    script = "from experiments import cluster; print(cluster.join(2).size, cluster.is_first())"
+    tasks = []
+    for task in ("0", "1"):
+        place = {"SLURM_PROCID": task, "SLURM_LOCALID": task}
+        environment = {**os.environ, **job, **place, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [task.communicate(timeout=120) for task in tasks]
+    assert [out.strip() for out, _ in said] == ["2 True", "2 False"], said
+
+
 def test_output_is_marked_with_its_process_and_success_is_zero():
     lines = []
     code = launch.run(
