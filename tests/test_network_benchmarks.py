@@ -253,6 +253,9 @@ def test_the_report_on_capped_links_says_what_was_measured(made_up_run, tmp_path
     assert "gather is faster than dense_adamw below 367 Mbit/s" in printed
     assert "sharded is faster than dense_adamw below 760 Mbit/s" in printed
     assert "gather is faster than dense_muon at any bandwidth" in printed
+    meets = json.loads(config.json.read_text())["fit"]["break_even_bits"]
+    assert meets["sharded, dense_adamw"] == pytest.approx(760e6, rel=1e-3)
+    assert meets["gather, dense_muon"] is None
     # All have 2.95, the slowest learner's last; dense Muon after five steps already.
     [line] = [line for line in printed.splitlines() if line.startswith("dense_muon ")]
     assert line.split() == "dense_muon 40.00 4.200 1.320 2.600 5 21.0 6.6".split()
@@ -334,10 +337,14 @@ def test_the_report_on_bytes_gives_the_worst_ratios(tmp_path, capsys):
     rows = [
         {"workers": 2, "method": "dense"} | counted(100.2, 103.0)["dense"],
         {"workers": 4, "method": "dense"} | counted(99.6, 102.0)["dense"],
+        {"workers": 4, "method": "block"} | counted(99.6 / 14, 7.2)["dense"] | {"ledger": 7.1},
+        {"workers": 4, "method": "sharded"} | counted(110.0, 113.0)["dense"] | {"ledger": 110.0},
     ]
     config = wire_bytes.Config(json=tmp_path / "wire_bytes.json")
     wire_bytes.report(config, [], rows)
     printed = capsys.readouterr().out
+    assert "4 workers, block against dense: 14.0 times fewer bytes.\n" in printed
+    assert "4 workers, sharded against dense: no fewer: it does not pay.\n" in printed
     assert "target counter_over_ledger 0.9960\n" in printed
     assert "target frames_over_ledger 1.0300\n" in printed
     assert json.loads(config.json.read_text())["rows"] == rows
@@ -360,6 +367,7 @@ def test_scaling_end_to_end(tmp_path, capsys):
     assert target["sharded_over_dense_both_ways"] == sent["sharded", 4] / sent["dense", 4] < 0.2
     assert all(row["seconds"] > 0 for row in record["rows"])
     printed = capsys.readouterr().out
+    assert "4 workers: sharded is faster than dense " in printed
     for name, value in target.items():
         assert math.isfinite(value)
         assert f"target {name} {value:.4f}\n" in printed

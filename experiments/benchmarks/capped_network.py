@@ -24,6 +24,7 @@ Needs Linux, root and iproute2.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -380,11 +381,13 @@ def fit(config, medians, sizes):
     )
     print(f"Fit: a step takes its compute and {factor:.3f} × bits / rate.")
     bits = {method: 8 * sizes[config.rates[0], method] for method in config.methods}
+    meets = {}
     for mine, theirs in pairs(config.methods):
         saved = factor * (bits[theirs] - bits[mine])
         meet = bandwidth.break_even(saved, compute[mine] - compute[theirs])
         print(f"{mine} is faster than {theirs} {bandwidth.below(meet)}.")
-    return {"compute_seconds": compute, "factor": factor, "bits": bits}
+        meets[f"{mine}, {theirs}"] = meet if math.isfinite(meet) else None  # None: always faster
+    return {"compute_seconds": compute, "factor": factor, "bits": bits, "break_even_bits": meets}
 
 
 def pairs(methods):

@@ -27,7 +27,7 @@ import optax
 
 import ef21_jax as ef21
 from experiments import cluster
-from experiments.benchmarks import pictures, timing
+from experiments.benchmarks import bandwidth, pictures, timing
 from experiments.benchmarks.step import parameter_shapes, random_tree
 from experiments.models import gpt
 
@@ -137,7 +137,14 @@ def report(config, args, rows, seconds):
     ]
     print(timing.table(("workers, method", "MB sent", "ms a step"), cells))
     sent = {(row["method"], row["workers"]): row["bytes"] for row in rows}
+    median = {(row["method"], row["workers"]): row["seconds"] for row in rows}
     several = [n for n in config.workers if n > 1]
+    for n in several if "dense" in config.methods else ():
+        for method in sorted({*config.methods} - {"dense"}):
+            saved = 8 * (sent["dense", n] - sent[method, n])
+            dearer = median[method, n] - median["dense", n]
+            pays = bandwidth.below(bandwidth.break_even(saved, dearer))
+            print(f"{n} workers: {method} is faster than dense {pays}.")
     figures = {}
     if several and {"sharded", "dense"} <= set(config.methods):
         n = max(several)

@@ -165,6 +165,12 @@ def report(config, args, rows):
     ]
     head = ("MB a worker and step", "ledger", "payload", "frames", "payload/", "frames/", "packets")
     print(timing.table(head, cells))
+    dense = {row["workers"]: row["payload"] for row in rows if row["method"] == "dense"}
+    for row in rows:
+        if row["method"] != "dense" and row["workers"] in dense:
+            fewer = dense[row["workers"]] / row["payload"]
+            verdict = f"{fewer:.1f} times fewer bytes" if fewer > 1 else "no fewer: it does not pay"
+            print(f"{row['workers']} workers, {row['method']} against dense: {verdict}.")
     figures = {
         f"{name}_over_ledger": max(
             (row[key] / row["ledger"] for row in rows), key=lambda ratio: abs(ratio - 1)
