@@ -1,11 +1,12 @@
 """How bytes and seconds of an optimizer step grow with the workers, for each way to communicate.
 
 Dense: uncompressed gradients are all-reduced and every worker takes the server's step. Gather:
-every worker has all compressed messages, and takes that step too. Sharded: every worker is the
-server of its share of the layers, and both ways are compressed. Bytes are what the collectives of
-the compiled program have a worker send, held against the ledger. Seconds are of an optimizer step
-on the layers of a GPT, gradients given, on devices that share this machine's processor cores. So
-work that every worker repeats takes n times as long here, which on n machines it would not.
+every worker has all messages, by the default compressor, and takes that step too. Sharded: every
+worker is the server of its share of the layers, and answers in two bits a parameter. Bytes are what
+the collectives of the compiled program have a worker send, held against the ledger. Seconds are of
+an optimizer step on the layers of a GPT, gradients given, on devices that share this machine's
+processor cores. So work that every worker repeats takes n times as long here, which on n machines
+it would not.
 
 A worker is itself the owner of 1/n of what is dealt out, and that much never leaves it. The table
 and the targets named `leaving` are of what does, which for a dense all-reduce and a sharded server
@@ -36,8 +37,7 @@ MODULE = "experiments.benchmarks.scaling"
 LEARNING_RATE = 1e-4
 MethodName = Literal["dense", "gather", "sharded"]
 METHODS = ("dense", "gather", "sharded")
-UPLINK = ef21.BlockTopK() >> ef21.BlockNatural()
-DOWNLINK = ef21.BlockNatural()
+UPLINK, DOWNLINK = ef21.DEFAULT_UPLINK, ef21.TwoLevel()
 MOST_WORKERS = 8
 
 
