@@ -20,7 +20,7 @@ from ._links import Links
 from ._messages import Floats, dense, expand_in_turn, is_message
 from ._packing import to_bits
 from ._repeatable import Repeatable
-from ._state import DistributedState, as_parts_of, find_state, own_parts
+from ._state import DistributedState, as_parts_of, find_state, is_per_worker, own_parts
 from ._topologies import Gather, Topology
 
 
@@ -199,6 +199,7 @@ def distribute(
 
     def update(updates, state, params=None, **extra_args):
         check(updates)
+        _check_dealt(state, jax.eval_shape(init, _shapes(updates)), topology)
         updates = _mean_within(widen(updates), mean_axis_name)
         index = _axes.worker_index(axis_name)
         up, at_server, down = _keys(seed, state.count)
@@ -249,6 +250,21 @@ def distribute(
     return Distributed.of(
         init, update, messages=messages, traffic=traffic, topology=topology, check=check
     )
+
+
+def _check_dealt(state, like, topology):
+    """Raises a ValueError for a state that is not dealt out as the topology does it."""
+    ours, fresh = (
+        [is_per_worker(x) for x in jax.tree.leaves((s.server, s.downlink), is_leaf=is_per_worker)]
+        for s in (state, like)
+    )
+    if ours != fresh:
+        raise ValueError(
+            f"The optimizer's state is not one that an optimizer with `topology={topology}` makes: "
+            f"of {len(fresh)} arrays of the server {sum(fresh)} should be dealt out to the "
+            f"workers, and of {len(ours)} there are {sum(ours)}. Make the state anew, "
+            "`tx.init(params)`, or go on with the optimizer that it is from."
+        )
 
 
 def _mean_within(updates, mean_axis_name):

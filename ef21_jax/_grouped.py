@@ -44,7 +44,8 @@ def grouped(
 
     def of(tree) -> tuple[Grouping, Distributed]:
         chosen = {n: per_leaf(setting, tree, kind) for n, (setting, kind) in settings.items()}
-        grouping = grouping_of(tree, list(zip(*chosen.values(), strict=True)), topology)
+        of_leaves = list(zip(*chosen.values(), strict=True)) or [()] * len(jax.tree.leaves(tree))
+        grouping = grouping_of(tree, of_leaves, topology)
         stacked = {
             name: {
                 group: _each(value, _numbers(grouping, group))

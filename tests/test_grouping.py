@@ -148,6 +148,17 @@ def test_a_grouped_run_equals_the_ungrouped_one_leaf_by_leaf(name):
     assert ledgers[0] == ledgers[1]
 
 
+def test_an_optimizer_without_settings_is_grouped_by_shape():
+    def assemble(topology):
+        feedback = ef21.ef21(ef21.Natural())
+        return ef21.distribute(feedback.worker, feedback.server, topology=topology)
+
+    tx = ef21.grouped(assemble)
+    updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
+    assert len(state.server.estimate) < len(jax.tree.leaves(PARAMS))
+
+
 def program(layers):
     tx = ef21.ef21_muon(0.1, uplink=ef21.TopK(0.2) >> ef21.Natural(), rules=RULES)
     params = tree(layers)

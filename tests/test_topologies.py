@@ -1,6 +1,7 @@
 """A server that is spread over its workers takes the steps of one that is not."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -350,6 +351,18 @@ def test_a_message_that_is_not_finite_is_refused_by_every_owner():
                 tree(FEW), ef21.replicate(muon(ef21.Gather()).init(tree(FEW)), 2), batches(2)
             ),
             "not for the 2 workers.*Sharded.2.",
+        ),
+        *(
+            (
+                lambda of=of, other=other: ef21.spmd(one_worker(muon(of)))(
+                    tree(FEW), ef21.replicate(muon(other).init(tree(FEW)), 2), batches(2)
+                ),
+                re.escape(f"`topology={of}` makes") + ".*Make the state anew",
+            )
+            for of, other in (
+                (ef21.Sharded(2), ef21.Gather()),
+                (ef21.Gather(), ef21.Sharded(2)),
+            )
         ),
         (
             lambda: ef21.spmd(lambda *a: a, mean_axis_name="fast"),
