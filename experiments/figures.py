@@ -1,4 +1,4 @@
-"""Paper M's Figures 1 to 7: what each compressor of Table 2 learns, by tokens and by bytes.
+r"""Paper M's Figures 1 to 7: what each compressor of Table 2 learns, by tokens and by bytes.
 
 One command runs what a figure needs and its record has not, and draws it; stopped and started
 again, it goes on. The paper's own size wants a cluster, `--preset paper` and files of FineWeb10B;
@@ -6,7 +6,8 @@ the others are the same runs of smaller models.
 
     python -m experiments.figures --preset 0.3m --jobs 2
     python -m experiments.figures --preset 0.3m --figures 5 --multipliers 0.6 --seeds 0 1 2
-    python -m experiments.figures --preset paper --text fineweb10B --checkpoint-every 512
+    python -m experiments.figures --preset paper --thresholds 3.31 3.28 --text fineweb10B \
+        --checkpoint-every 512
 """
 
 import dataclasses
@@ -55,11 +56,7 @@ class Config(sweep.Config):
         super().__post_init__()
         if _BASELINE not in self.methods:
             raise ValueError(f"`methods` must have {_BASELINE!r}, to compare with.")
-        if self.steps % (2 * self.eval_every) and set(self.figures) & set(WITH_HALF_THE_TOKENS):
-            raise ValueError(
-                f"Half of `steps` must be a multiple of `eval_every` for Figures "
-                f"{WITH_HALF_THE_TOKENS}, got {self.steps} and {self.eval_every}."
-            )
+        budgets(self)  # says so where there is no half
 
 
 def main(args=None):
@@ -76,9 +73,17 @@ def main(args=None):
 
 def runs_of(config: Config) -> list[sweep.Run]:
     """All that the figures need."""
+    return [run for steps in budgets(config) for run in sweep.grid(config, steps=steps)]
+
+
+def budgets(config: Config) -> list[int]:
+    """The numbers of steps that the figures need, the longest first."""
     halved = set(config.figures) & set(WITH_HALF_THE_TOKENS)
-    budgets = [config.steps] + [config.steps // 2] * bool(halved)
-    return [run for steps in budgets for run in sweep.grid(config, steps=steps)]
+    return [config.steps, half(config)] if halved else [config.steps]
+
+
+def half(config: Config) -> int:
+    return sweep.part_of_steps(config, 2)
 
 
 def of_grid(config, lines):
@@ -171,7 +176,7 @@ def picture(config, number, lines):
     elif number == 3:
         _rates(figure.subplots(1, 2, sharey=True), lines, config)
     elif number in (4, 7):
-        steps = config.steps if number == 4 else config.steps // 2
+        steps = config.steps if number == 4 else half(config)
         found = best_runs(lines, steps)
         axes = figure.subplots(1, len(KINDS), sharey=True)
         for axis, (kind, names) in zip(axes, KINDS.items(), strict=True):
@@ -242,7 +247,7 @@ def _trade_off(axis, found, loss, config):
 
 
 def _rates(axes, lines, config):
-    for axis, steps in zip(axes, (config.steps, config.steps // 2), strict=True):
+    for axis, steps in zip(axes, (config.steps, half(config)), strict=True):
         methods = list(dict.fromkeys(line["method"] for line in lines))
         for method in methods:
             own = [line for line in lines if (line["method"], line["steps"]) == (method, steps)]
@@ -262,7 +267,7 @@ def _rates(axes, lines, config):
 def _levels(axes, lines, config):
     colors = ("#D55E00", "#0072B2")
     for axis, (kind, prefix) in zip(axes, LEVELS.items(), strict=True):
-        for steps, color in zip((config.steps, config.steps // 2), colors, strict=True):
+        for steps, color in zip((config.steps, half(config)), colors, strict=True):
             found = best_runs(lines, steps)
             names = {100: _BASELINE} | {k: f"{prefix}{k}" for k in (20, 15, 10, 5)}
             points = sorted(

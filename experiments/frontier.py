@@ -38,11 +38,7 @@ class Config(sweep.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps % (4 * self.eval_every):
-            raise ValueError(
-                "A quarter of `steps` must be a multiple of `eval_every`, got "
-                f"{self.steps} and {self.eval_every}."
-            )
+        quarter(self)  # says so where there is none
 
 
 def main(args=None):
@@ -62,15 +58,19 @@ def run(config, runs, command):
     return sweep.run_all(runs, config.out, command, config.jobs, config.checkpoint_every)
 
 
+def quarter(config: Config) -> int:
+    return sweep.part_of_steps(config, 4)
+
+
 def screening(config: Config) -> list[sweep.Run]:
     """Every candidate with every learning rate, on a quarter of the tokens."""
     names = tuple(dict.fromkeys((*config.methods, *config.candidates)))
-    return sweep.grid(config, methods=names, seeds=config.seeds[:1], steps=config.steps // 4)
+    return sweep.grid(config, methods=names, seeds=config.seeds[:1], steps=quarter(config))
 
 
 def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
     """The finalists with the rates that were best for them, on all tokens."""
-    screened = figures.best_runs(lines, config.steps // 4)
+    screened = figures.best_runs(lines, quarter(config))
     return [
         run
         for method in config.methods
@@ -83,7 +83,7 @@ def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
 def table(config, lines):
     """Every recipe at its best rate: loss and bytes, on a quarter of the tokens and on all."""
     rows = [("", "rate", "seeds", "test loss", "±", "up", "both ways")]
-    for steps in (config.steps // 4, config.steps):
+    for steps in (quarter(config), config.steps):
         found = figures.best_runs(lines, steps)
         rows.append((f"{steps * config.tokens_a_step / 1e6:.1f}M tokens", *[""] * 6))
         base = found[config.methods[0]]
@@ -179,7 +179,7 @@ def picture(config, lines):
     """Final loss against bytes, of the uplink and of both ways; returns the picture's path."""
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     axes = figure.subplots(2, 2)
-    for row, steps in zip(axes, (config.steps // 4, config.steps), strict=True):
+    for row, steps in zip(axes, (quarter(config), config.steps), strict=True):
         found = figures.best_runs(lines, steps)
         for axis, both in zip(row, (False, True), strict=True):
             _frontier(axis, found, both)

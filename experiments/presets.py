@@ -9,7 +9,7 @@ import tyro
 PRESETS: dict[str, dict[str, Any]] = {
     # The main job: minutes on a laptop.
     "small": {},
-    "tiny": {"model": "tiny", "steps": 20, "eval_every": 10},  # to see that all works
+    "tiny": {"model": "tiny", "steps": 20, "eval_every": 5},  # to see that all works
     # A ladder, each with 20 tokens a parameter: about six minutes on one processor core, an hour
     # or two, a day. With half the steps, the budgets are as 2.5B tokens to the paper's 5B.
     "0.3m": {"model": "small", "steps": 3600, "eval_every": 100, "batch_size": 8},

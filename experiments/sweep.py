@@ -84,6 +84,20 @@ def grid(config: Config, **changes: Any) -> list[Run]:
     ]
 
 
+def part_of_steps(config: Config, parts: int) -> int:
+    """`steps` / `parts`, as near to it as a number of whole evaluations is.
+
+    Raises:
+      ValueError: where the steps have fewer evaluations than parts.
+    """
+    if config.steps < parts * config.eval_every:
+        raise ValueError(
+            f"`steps` must be at least {parts} times `eval_every`, to train on 1/{parts} of them "
+            f"too, got {config.steps} and {config.eval_every}."
+        )
+    return round(config.steps / (parts * config.eval_every)) * config.eval_every
+
+
 def run_all(
     runs: Iterable[Run],
     path: str | pathlib.Path,

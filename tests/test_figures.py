@@ -10,7 +10,16 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tyro")
 
-from experiments import figures, frontier, recipes, records, training  # noqa: E402
+from experiments import (  # noqa: E402
+    figures,
+    frontier,
+    nanogpt,
+    presets,
+    recipes,
+    records,
+    sweep,
+    training,
+)
 
 
 COSTS = {"uncompressed": 1000, "rank15_natural": 50, "rank10": 125, "block16": 16}
@@ -111,10 +120,42 @@ def test_figures_are_drawn_where_nobody_has_the_loss(args, tmp_path, capsys):
 def test_figures_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="must have 'uncompressed'"):
         figures.Config(methods=("block16",))
-    with pytest.raises(ValueError, match=r"Half of `steps`.*got 40 and 8"):
-        figures.Config(steps=40, eval_every=8)
-    with pytest.raises(ValueError, match="A quarter of `steps`.*got 40 and 4"):
-        frontier.Config(steps=40, eval_every=4)
+    with pytest.raises(ValueError, match="at least 2 times `eval_every`.*1/2.*got 40 and 40"):
+        figures.Config(steps=40, eval_every=40)
+    assert figures.Config(steps=40, eval_every=40, figures=(1,))
+    with pytest.raises(ValueError, match="at least 4 times `eval_every`.*got 40 and 20"):
+        frontier.Config(steps=40, eval_every=20)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_script_takes_every_preset(name):
+    def budgets(runs):
+        return sorted({run.settings.steps for run in runs}, reverse=True)
+
+    configs = {
+        script: presets.configure(script.Config, "test", None, ["--preset", name])
+        for script in (nanogpt, sweep, figures, frontier)
+    }
+    whole = configs[sweep].steps
+    assert configs[nanogpt].steps == whole
+    assert budgets(sweep.grid(configs[sweep])) == [whole]
+
+    most, half = budgets(figures.runs_of(configs[figures]))
+    (quarter,) = budgets(frontier.screening(configs[frontier]))
+    screened = [
+        {"method": method, "steps": quarter, "lr_multiplier": 0.6, "loss_x": 2.0}
+        for method in configs[frontier].methods
+    ]
+    assert [most] == budgets(frontier.finals(configs[frontier], screened)) == [whole]
+    every = configs[sweep].eval_every
+    for steps, parts in ((half, 2), (quarter, 4)):
+        assert steps % every == 0 and abs(steps - whole / parts) <= every / 2
+
+
+def test_the_budgets_of_the_records_are_the_preset_s():
+    args = ["--preset", "0.3m"]
+    assert figures.half(presets.configure(figures.Config, "test", None, args)) == 1800
+    assert frontier.quarter(presets.configure(frontier.Config, "test", None, args)) == 900
 
 
 def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
