@@ -37,10 +37,8 @@ class Checkpoints:
             ),
         )
 
-    def remove(self) -> None:
-        """Of a run whose result is safe: nothing of it is kept any more."""
+    def close(self) -> None:
         self._manager.close()
-        shutil.rmtree(self._manager.directory)
 
     def restore(self, state: Any) -> tuple[Any, list[dict[str, Any]]]:
         """What was kept last, placed as `state` is; `state` and no records where nothing was.
@@ -65,3 +63,9 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
         ).state
         return found, beside["records"]
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Of a run whose result is safe, and whose checkpoints are closed: nothing is kept."""
+    if folder.exists():
+        shutil.rmtree(folder)

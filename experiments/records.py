@@ -12,6 +12,12 @@ from importlib import metadata
 import jax
 
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+
 def header(config, command, **more):
     """The first line of a record: the settings, and all that a repetition would need to match."""
     packages = ("jax", "jaxlib", "optax", "flax")
@@ -39,6 +45,31 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(path):
+    """Until the block ends, no other process comes in with the same `path`.
+
+    The lock is the kernel's: of a process that was killed nothing stays but an empty file.
+
+    Raises:
+      ValueError: where another process is in such a block.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is writing {str(path)!r}: wait until it ends, or pass another "
+                "--out."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def write_lines(path, records):

@@ -13,12 +13,13 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tqdm
 
-from experiments import plots, presets, records, training
+from experiments import checkpoints, plots, presets, records, training
 from experiments.checkpoints import Checkpoints
 from experiments.data import corpora
 
@@ -108,28 +109,36 @@ def run_all(
     """Runs what the record at `path` has not, adds a line for each, and returns all its lines.
 
     Raises:
-      ValueError: where the record was made with other settings or another text.
+      ValueError: where the record was made with other settings or another text, or another process
+        is writing it.
+      SystemExit: on Ctrl-C, as there is nothing to go on with.
     """
     path, runs = pathlib.Path(path), list(runs)
     header = records.header(_shared(runs[0]), command, text=corpora.load(runs[0].text).describe())
-    header, lines = _resume(path, header)
-    for run in runs:
-        if _shared(run) != header["config"]:
-            raise ValueError(f"{run} has other settings than {header['config']}.")
-    done = {tuple(line[key] for key in KEYS) for line in lines}
-    missing = list({run.key: run for run in runs if run.key not in done}.values())
-    folder = path.with_suffix(".checkpoints") if checkpoint_every else None
-    try:
-        with tqdm.tqdm(total=len(missing), unit="run", disable=None) as bar:
-            for line in _results(missing, jobs, folder, checkpoint_every):
-                lines.append(line)
-                records.write_lines(path, [header, *lines])
-                bar.set_postfix_str(_short(line), refresh=False)
-                bar.update()
-                if bar.disable:  # not a terminal
-                    print(_short(line), flush=True)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.")
+    with records.only_writer(path):
+        header, lines = _resume(path, header)
+        for run in runs:
+            if _shared(run) != header["config"]:
+                raise ValueError(f"{run} has other settings than {header['config']}.")
+        done = set(map(_key, lines))
+        missing = list({run.key: run for run in runs if run.key not in done}.values())
+        folder = path.with_suffix(".checkpoints") if checkpoint_every else None
+        if folder is not None:
+            for key in done:  # of one that was killed after the line
+                checkpoints.remove(_place(folder, key))
+        try:
+            with tqdm.tqdm(total=len(missing), unit="run", disable=None) as bar:
+                for line in _results(missing, jobs, folder, checkpoint_every):
+                    lines.append(line)
+                    records.write_lines(path, [header, *lines])
+                    if folder is not None:  # not before the line is safe
+                        checkpoints.remove(_place(folder, _key(line)))
+                    bar.set_postfix_str(_short(line), refresh=False)
+                    bar.update()
+                    if bar.disable:  # not a terminal
+                        print(_short(line), flush=True)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped. The same command goes on from here.") from None
     return lines
 
 
@@ -137,18 +146,16 @@ def finish(
     run: Run, folder: pathlib.Path | None = None, checkpoint_every: int | None = None
 ) -> dict[str, Any]:
     """Trains to the end: the last record, and the losses of all of them as curves."""
-    checkpoints = None
+    kept = None
     if folder is not None:
         about = {"method": run.method} | dataclasses.asdict(run.settings) | {"text": run.text}
-        name = "_".join(map(str, run.key))
-        checkpoints = Checkpoints(folder / name, about, checkpoint_every)
-    found = list(
-        training.train(run.settings, run.method, corpora.load(run.text), checkpoints=checkpoints)
-    )
+        kept = Checkpoints(_place(folder, run.key), about, checkpoint_every)
+    corpus = corpora.load(run.text)
+    found = list(training.train(run.settings, run.method, corpus, checkpoints=kept))
+    if kept is not None:
+        kept.close()
     curves = {name: [_rounded(record[name]) for record in found] for name in _CURVES}
     own = {"lr_multiplier": run.settings.lr_multiplier, "steps": run.settings.steps}
-    if checkpoints is not None:
-        checkpoints.remove()
     return found[-1] | own | {"curves": curves}
 
 
@@ -172,7 +179,7 @@ def _results(runs, jobs, folder, checkpoint_every) -> Iterator[dict[str, Any]]:
     cores = context.Queue()
     for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs):
         cores.put(core)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, _own_core, (cores,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (cores,)) as pool:
         tasks = [pool.submit(finish, run, folder, checkpoint_every) for run in runs]
         try:
             for task in concurrent.futures.as_completed(tasks):
@@ -182,9 +189,26 @@ def _results(runs, jobs, folder, checkpoint_every) -> Iterator[dict[str, Any]]:
             raise
 
 
-def _own_core(cores):
-    """Two runs that share two cores, thread by thread, are slower than two with one each."""
+def _begin(cores):
+    """What a process does first."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Two runs that share two cores, thread by thread, are slower than two with one each.
     os.sched_setaffinity(0, {cores.get()})
+
+
+def _end_with_parent():
+    """Else a run whose line nobody writes would go on, in the way of the same command's next."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _place(folder, key):
+    """Of the checkpoints of a run."""
+    return folder / "_".join(map(str, key))
+
+
+def _key(line):
+    return tuple(line[name] for name in KEYS)
 
 
 def _resume(path, header):

@@ -3,7 +3,13 @@
 import dataclasses
 import itertools
 import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import sysconfig
+import time
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +39,7 @@ from experiments.data import corpora, shards, text  # noqa: E402
 from experiments.models import gpt  # noqa: E402
 
 
+REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = gpt.PRESETS["tiny"]
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 7))
 
@@ -480,8 +487,8 @@ def test_a_sweep_goes_on_where_it_stopped(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "train", counted)
     path = tmp_path / "sweep.jsonl"
     args = [*quick, "--methods", "top15_natural", "--multipliers", "1.0", "0.5", "0.25"]
-    sweep.main([*args, "--out", str(path)])
-    assert "Stopped" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="Stopped"):
+        sweep.main([*args, "--out", str(path)])
     sweep.main([*args, "--out", str(path)])
     multipliers = [1.0, 0.5, 0.25, 0.25]  # the third was stopped, and ran again
     assert ran == [("top15_natural", multiplier) for multiplier in multipliers]
@@ -501,6 +508,94 @@ def test_a_sweep_goes_on_where_it_stopped(quick, tmp_path, monkeypatch, capsys):
     assert [line["steps"] for line in records.read_lines(path)[1]] == [10] * 6 + [20] * 3
     with pytest.raises(ValueError, match="made with config .*'batch_size': 4.*another --out"):
         sweep.main([*args, "--batch-size", "2", "--out", str(path)])
+
+
+def checkpointed(settings, method, corpus, checkpoints):
+    """Training that keeps its steps and does nothing else."""
+    records = []
+    for record in fake_train(settings, method, corpus):
+        records.append(record)
+        checkpoints.save(record["step"], {"w": np.zeros(1)}, records)
+        yield record
+
+
+def test_a_checkpoint_stays_until_the_line_is_written(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", checkpointed)
+    path = tmp_path / "sweep.jsonl"
+    args = [*quick, "--methods", "uncompressed", "--multipliers", "0.5", "--out", str(path)]
+    args += ["--checkpoint-every", "10"]
+    kept = tmp_path / "sweep.checkpoints" / "uncompressed_0.5_0_10"
+
+    def killed(*others):
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(records, "write_lines", killed)
+        sweep.main(args)
+    assert (kept / "10").exists() and not path.exists()
+    sweep.main(args)
+    assert path.exists() and not kept.exists()
+    # It was killed after the line, and before the checkpoint was removed.
+    kept.mkdir()
+    sweep.main(args)
+    assert not kept.exists()
+
+
+def test_a_record_has_one_writer(quick, tmp_path, monkeypatch):
+    path = tmp_path / "sweep.jsonl"
+    args = [*quick, "--methods", "uncompressed", "--multipliers", "0.5", "--out", str(path)]
+    with records.only_writer(path), pytest.raises(ValueError, match="Another process is writing"):
+        sweep.main(args)
+    holder = (
+        "import sys; from experiments import records\n"
+        "with records.only_writer(sys.argv[1]):\n print('here', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as process:
+        assert process.stdout.readline() == b"here\n"
+        with pytest.raises(ValueError, match="Another process is writing .*sweep.jsonl.*--out"):
+            sweep.main(args)
+        process.kill()
+    sweep.main(args)
+    assert len(records.read_lines(path)[1]) == 1
+
+
+@pytest.mark.slow  # three processes that import JAX
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="asks Linux")
+def test_no_run_outlives_a_sweep_that_is_killed(tmp_path):
+    settings = "--preset tiny --steps 10000000 --eval-every 10 --checkpoint-every 10 --jobs 2"
+    grid = "--methods uncompressed --multipliers 0.5 0.4".split()
+    out = tmp_path / "sweep.jsonl"
+    command = [sys.executable, "-m", "experiments.sweep", *settings.split(), *grid, "--out", out]
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    children = []
+    try:
+        while len(list(tmp_path.glob("sweep.checkpoints/*/[1-9]*/state"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        found = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children = [int(child) for child in found.split()]
+        assert len(children) >= 2
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(map(running, children)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(running, children))
+    finally:
+        process.kill()
+        process.wait()
+        for child in filter(running, children):
+            os.kill(child, signal.SIGKILL)
+
+
+def running(process):
+    try:
+        status = pathlib.Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked
 
 
 @pytest.fixture

@@ -187,6 +187,26 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     assert "10.2M tokens" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", [figures, frontier])
+def test_a_script_that_is_stopped_does_nothing_more(script, args, tmp_path, monkeypatch):
+    args, trained = args
+
+    def interrupted(settings, method, *others, **more):
+        trained.append((method, settings.steps))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return fake_train(settings, method, *others, **more)
+
+    monkeypatch.setattr(training, "train", interrupted)
+    # The first alone is finished, and it is not what the others are compared with.
+    methods = ["--methods", "rank10", "uncompressed", "--multipliers", "0.5"]
+    more = ["--candidates", "rank10"] if script is frontier else []
+    with pytest.raises(SystemExit, match="Stopped. The same command goes on"):
+        script.main([*args[: args.index("--methods")], *methods, *more])
+    assert len(trained) == 2
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_a_frontier_without_an_equal_says_so(args, tmp_path):
     args, _ = args
     frontier.main(
