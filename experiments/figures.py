@@ -118,8 +118,7 @@ def best_runs(lines, steps):
     for method in dict.fromkeys(line["method"] for line in lines):
         own = [line for line in lines if (line["method"], line["steps"]) == (method, steps)]
         if own:
-            losses = plots.mean_losses(own)
-            best = min(losses, key=lambda multiplier: losses[multiplier])
+            best, _ = plots.best_rate(own)
             found[method] = [line for line in own if line["lr_multiplier"] == best]
     return found
 
@@ -203,6 +202,7 @@ def _curves(axis, found, config, narrow=False):
         tokens, label = step * config.tokens_a_step / 1e6, method if narrow else label
         axis.plot(tokens, losses, label=label, color=color, marker=marker, markersize=3)
         limits += [losses[-1], np.interp(step[-1] / 8, step, losses)]
+    limits = [limit for limit in limits if math.isfinite(limit)] or [0.0, 1.0]
     axis.set_ylim(min(limits) - 0.02, max(limits))
     _finish(axis, "tokens (millions)", "test loss (nats a token)")
     axis.legend(frameon=False, fontsize=7, loc="lower left" if narrow else "upper right")

@@ -87,7 +87,7 @@ def table(config, lines):
         found = figures.best_runs(lines, steps)
         rows.append((f"{steps * config.tokens_a_step / 1e6:.1f}M tokens", *[""] * 6))
         base = found[config.methods[0]]
-        order = sorted(found, key=lambda method: mean_loss(found[method]))
+        order = sorted(found, key=lambda method: plots.sortable(mean_loss(found[method])))
         for method in order:
             own = found[method]
             rows.append(
@@ -213,8 +213,8 @@ def _frontier(axis, found, both):
             va="center",
         )
     axis.plot(*zip(*best, strict=True), color="0.6", linewidth=0.8, zorder=0)
-    least, most = min(y for _, y, _ in points), sorted(y for _, y, _ in points)
-    axis.set_ylim(least - 0.01, most[int(0.9 * (len(most) - 1))] + 0.02)
+    losses = sorted(y for _, y, _ in points if math.isfinite(y)) or [0.0]
+    axis.set_ylim(losses[0] - 0.01, losses[int(0.9 * (len(losses) - 1))] + 0.02)
     plots.logarithmic(axis)
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

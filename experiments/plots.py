@@ -95,8 +95,8 @@ def sweep_picture(path):
     for name, of_name in found.items():
         label, color, marker = style(name, list(found))
         own = sorted(mean_losses(of_name).items())
+        best = best_rate(of_name)
         axis.plot(*zip(*own, strict=True), color=color, marker=marker, label=label)
-        best = min(own, key=lambda point: point[1])
         axis.plot(*best, marker=marker, color=color, markersize=12, fillstyle="none")
     axis.set_xscale("log")
     ticks = sorted({cell["lr_multiplier"] for cell in cells})
@@ -127,6 +127,16 @@ def mean_losses(cells):
     for cell in cells:
         losses.setdefault(cell["lr_multiplier"], []).append(cell["loss_x"])
     return {multiplier: sum(found) / len(found) for multiplier, found in losses.items()}
+
+
+def best_rate(cells):
+    """The multiplier with the least mean loss, and that loss. Runs that diverged, NaN, lose."""
+    return min(mean_losses(cells).items(), key=lambda item: sortable(item[1]))
+
+
+def sortable(loss):
+    """NaN, which is neither less nor more than anything, is after all others."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def rates_picture(path):

@@ -163,7 +163,7 @@ def best(lines: list[dict[str, Any]]) -> str:
     """The multiple of the base rate with the least loss, for each recipe; means over seeds."""
     rows = []
     for name, own in plots.by_method(lines).items():
-        multiplier, loss = min(plots.mean_losses(own).items(), key=lambda item: item[1])
+        multiplier, loss = plots.best_rate(own)
         rows.append((f"{name}:", f"{multiplier:g}", f"test loss {loss:.4f}"))
     return "Best multiples of the base rate:\n" + plots.aligned(rows)
 

@@ -1,6 +1,7 @@
 """Paper M's figures and the frontier, on runs whose losses and bytes are known beforehand."""
 
 import json
+import math
 
 import pytest
 
@@ -205,6 +206,25 @@ def test_a_script_that_is_stopped_does_nothing_more(script, args, tmp_path, monk
         script.main([*args[: args.index("--methods")], *methods, *more])
     assert len(trained) == 2
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("script", [figures, frontier, sweep])
+def test_a_run_that_diverged_is_no_one_s_best(script, args, tmp_path, monkeypatch, capsys):
+    args, _ = args
+
+    def diverging(settings, method, *others, **more):
+        lost = method == "block16" or (method, settings.lr_multiplier) == ("rank10", 1.0)
+        nan = {"loss_w": math.nan, "loss_x": math.nan} if lost else {}
+        return (record | nan for record in fake_train(settings, method, *others, **more))
+
+    monkeypatch.setattr(training, "train", diverging)
+    script.main([*args, *(["--candidates", "block16"] if script is frontier else [])])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    name = "rank10:" if script is sweep else "rank10"
+    assert {row[1] for row in rows if row and row[0] == name} == {"0.5"}
+    if script is frontier:  # where the table has the best in front
+        order = [row[0] for row in rows if row and row[0] in NAMES]
+        assert [order[3], order[7]] == ["block16", "block16"]
 
 
 def test_a_frontier_without_an_equal_says_so(args, tmp_path):
