@@ -65,6 +65,13 @@ class Checkpoints:
         return found, beside["records"]
 
 
+def check_every(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise ValueError(
+            f"`checkpoint_every` must be at least 1 step, got {steps}: leave it out for none."
+        )
+
+
 def remove(folder: pathlib.Path) -> None:
     """Of a run whose result is safe, and whose checkpoints are closed: nothing is kept."""
     if folder.exists():

@@ -21,7 +21,7 @@ from typing import Literal
 import tqdm
 
 import ef21_jax as ef21
-from experiments import cluster, plots, presets, records, training
+from experiments import checkpoints, cluster, plots, presets, records, training
 from experiments.checkpoints import Checkpoints
 from experiments.data import corpora
 from experiments.models import gpt
@@ -41,6 +41,7 @@ class Config(training.Settings):
         super().__post_init__()
         if not self.methods:
             raise ValueError(f"`methods` must be among {list(training.recipes.RECIPES)}, got ().")
+        checkpoints.check_every(self.checkpoint_every)
 
 
 def main(args=None):

@@ -79,8 +79,18 @@ def write_lines(path, records):
 
 def read_lines(path):
     """The header and the list of records of a file by `write_lines`."""
-    first, *rest = map(json.loads, _read(path).splitlines())
-    return first, rest
+    found = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is no JSON, as where a file was cut short: "
+                "remove the line, or get the file anew."
+            ) from error
+    if not found:
+        raise ValueError(f"The record {str(path)!r} is empty: remove it, or get the file anew.")
+    return found[0], found[1:]
 
 
 def write_json(path, value):

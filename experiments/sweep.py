@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tqdm
+import tyro
 
 from experiments import checkpoints, plots, presets, records, training
 from experiments.checkpoints import Checkpoints
@@ -38,9 +39,16 @@ class Config(training.Settings):
     text: str | None = None  # a file of text or tokens, or a folder; None: the standard library
     checkpoint_every: int | None = None  # steps; a run that is stopped then goes on, not anew
     out: str = "results/sweep.jsonl"  # and a picture beside it
+    # Each run has its own: no arguments, so that nobody passes them in vain.
+    seed: tyro.conf.Suppress[int] = 0
+    lr_multiplier: tyro.conf.Suppress[float | None] = None
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("methods", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must be one or more, got ().")
+        checkpoints.check_every(self.checkpoint_every)
         bad = [multiplier for multiplier in self.multipliers if not multiplier > 0]
         if bad or not self.multipliers:
             raise ValueError(f"`multipliers` must be positive, got {self.multipliers}.")

@@ -63,8 +63,10 @@ class Settings:
             )
         if not 0 <= self.constant <= 1:
             raise ValueError(f"`constant` is a share of the steps in [0, 1], got {self.constant}.")
-        if self.lr_multiplier is not None and not self.lr_multiplier > 0:
-            raise ValueError(f"`lr_multiplier` must be positive, got {self.lr_multiplier}.")
+        for name in ("learning_rate", "lr_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
 
     @property
     def tokens_a_step(self) -> int:

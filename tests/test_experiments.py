@@ -296,7 +296,9 @@ def test_bad_texts_are_refused(tmp_path, monkeypatch, counting):
         ({"constant": 1.5}, r"`constant`.*\[0, 1\], got 1.5"),
         ({"batch_size": 4, "microbatches": 3}, "multiple of `microbatches`, got 4 and 3"),
         ({"lr_multiplier": 0.0}, "`lr_multiplier` must be positive, got 0.0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be positive, got -1.0"),
         ({"methods": ()}, "`methods` must be among"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1 step.*got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -309,6 +311,11 @@ def test_bad_shapes_and_multipliers_are_refused():
         gpt.GPTConfig(width=16, heads=3)
     with pytest.raises(ValueError, match="`layers` must be at least 1, got 0"):
         gpt.GPTConfig(layers=0)
+    with pytest.raises(ValueError, match="`checkpoint_every` must be at least 1 step.*got -3"):
+        sweep.Config(checkpoint_every=-3)
+    for name in ("methods", "seeds"):
+        with pytest.raises(ValueError, match=f"`{name}` must be one or more"):
+            sweep.Config(**{name: ()})
     with pytest.raises(ValueError, match=r"`multipliers` must be positive, got \(0.5, 0.0\)"):
         sweep.Config(multipliers=(0.5, 0.0))
 
@@ -741,6 +748,17 @@ def test_presets_are_settings(name):
         leaves = jax.tree.leaves(gpt.parameter_shapes(gpt.PRESETS[settings.model]))
         tokens = settings.steps * settings.tokens_a_step
         assert 20 <= tokens / sum(leaf.size for leaf in leaves) < 21
+
+
+def test_a_record_that_was_cut_short_says_so(tmp_path):
+    path = tmp_path / "record.jsonl"
+    records.write_lines(path, [{"a": 1}, {"a": 2}])
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(ValueError, match="Line 2 of '.*record.jsonl'.*cut short: remove the line"):
+        records.read_lines(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="record.jsonl' is empty: remove it"):
+        records.read_lines(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -227,6 +227,17 @@ def test_a_run_that_diverged_is_no_one_s_best(script, args, tmp_path, monkeypatc
         assert [order[3], order[7]] == ["block16", "block16"]
 
 
+@pytest.mark.parametrize("script", [figures, frontier, sweep])
+@pytest.mark.parametrize("argument", [("--seed", "5"), ("--lr-multiplier", "0.3")])
+def test_what_a_grid_has_of_its_own_is_no_argument(script, argument, capsys):
+    for preset in ("small", "paper"):
+        args = ["--preset", preset]
+        assert presets.configure(script.Config, "test", None, args).seed == 0
+        with pytest.raises(SystemExit):
+            presets.configure(script.Config, "test", None, [*args, *argument])
+        assert argument[0] in capsys.readouterr().err
+
+
 def test_a_frontier_without_an_equal_says_so(args, tmp_path):
     args, _ = args
     frontier.main(
