@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import ef21_jax as ef21
@@ -84,6 +85,11 @@ def join(workers: int) -> Mesh:
 def is_first() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def of_first(flags: list[bool]) -> list[bool]:
+    """The first process's, on all: what it alone has read decides what all of them do."""
+    return [bool(flag) for flag in multihost_utils.broadcast_one_to_all(np.int32(flags))]
 
 
 def own_rows(rows: Any) -> Any:

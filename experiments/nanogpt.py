@@ -1,19 +1,23 @@
-"""Trains a small GPT with EF21-Muon and compares what its workers send with what it learns.
+r"""Trains a small GPT with EF21-Muon and compares what its workers send with what it learns.
 
 The paper's main experiment in small: the same model family, norms, scales, momentum, schedule and
 compressors, on bytes of Python source in place of FineWeb tokens and in minutes on a laptop. By
 default the workers are simulated, lanes of one device, and the bytes are those of the messages they
 would send. With `--on devices` each is a device of its own, here or on several machines, and the
-messages travel.
+messages travel. A record that is there grows by the methods that it has not; one of other settings
+is refused.
 
     python -m experiments.nanogpt
-    python -m experiments.nanogpt --methods rank15_natural --lr-multiplier 0.4
+    python -m experiments.nanogpt --methods rank15_natural --lr-multiplier 0.4 --out results/slow
     python -m experiments.nanogpt --model 124m --routes
-    python -m experiments.nanogpt --preset paper --text fineweb10B --checkpoint-every 512
+    python -m experiments.nanogpt --preset paper --text fineweb10B --checkpoint-every 512 \
+        --out results/paper
     python -m experiments.nanogpt --audit --topology sharded --downlink natural
-    python -m experiments.launch --processes 4 -- -m experiments.nanogpt --on devices
+    python -m experiments.launch --processes 4 -- -m experiments.nanogpt --on devices \
+        --out results/devices
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Literal
@@ -57,21 +61,56 @@ def main(args=None):
         return
     path = pathlib.Path(config.out, "nanogpt.jsonl")
     command = records.command_line("experiments.nanogpt", args)
-    lines = [records.header(dataclasses.asdict(config), command, text=corpus.describe())]
-    try:
-        for method in config.methods:
-            run = training.train(
-                config, method, corpus, mesh, checkpoints_of(config, method, corpus)
-            )
-            for record in with_progress(run, config.steps):
-                lines.append(record)
-                if cluster.is_first():
-                    records.write_lines(path, lines)
-    except KeyboardInterrupt:
-        print(f"Stopped. What was measured stays in {path}.")
+    header = records.header(dataclasses.asdict(config), command, text=corpus.describe())
+    with records.only_writer(path) if cluster.is_first() else contextlib.nullcontext():
+        lines, missing = resume(path, header, config)
+        try:
+            for method in missing:
+                run = training.train(
+                    config, method, corpus, mesh, checkpoints_of(config, method, corpus)
+                )
+                for record in with_progress(run, config.steps):
+                    lines.append(record)
+                    if cluster.is_first():
+                        records.write_lines(path, lines)
+        except KeyboardInterrupt:
+            print(f"Stopped. What was measured stays in {path}.")
     if len(lines) > 1 and cluster.is_first():
         print(plots.nanogpt_table(path))
         print(f"Wrote {path} and {plots.nanogpt_picture(path)}")
+
+
+def resume(path, header, config):
+    """What a record at `path` begins with, and the methods that it has not to the end.
+
+    Raises:
+      ValueError: where there is one with other settings or of another text.
+    """
+    lines = []
+    if cluster.is_first() and path.exists():
+        found, lines = records.read_lines(path)
+        for name, old in _compared(found).items():
+            new = _compared(header)[name]
+            if old != new:
+                raise ValueError(
+                    f"{str(path)!r} was made with {name} {old!r}, not {new!r}: pass another --out, "
+                    "or move the file away."
+                )
+        header = found
+    finished = {line["method"] for line in lines if line["step"] == config.steps}
+    methods = list(dict.fromkeys(config.methods))
+    has = cluster.of_first([method in finished for method in methods])
+    missing = [method for method, there in zip(methods, has, strict=True) if not there]
+    if len(missing) < len(methods) and cluster.is_first():
+        names = ", ".join(method for method in methods if method not in missing)
+        print(f"{path} has {names}: to run that again, move the file away or pass another --out.")
+    return [header, *(line for line in lines if line["method"] not in missing)], missing
+
+
+def _compared(header):
+    """Of a record's first line, what all of its runs have."""
+    names = [field.name for field in dataclasses.fields(training.Settings)]
+    return {name: header["config"].get(name) for name in [*names, "on"]} | {"text": header["text"]}
 
 
 def checkpoints_of(config, method, corpus):

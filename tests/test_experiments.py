@@ -362,7 +362,8 @@ def test_the_main_job_end_to_end(tmp_path, capsys):
     assert compressed["loss_w"] < lines[3]["loss_w"]
 
     assert (out / "nanogpt.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in out.iterdir()} == {"nanogpt.jsonl", "nanogpt.png"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"nanogpt.jsonl", "nanogpt.png", ".nanogpt.jsonl.lock"}
     printed = capsys.readouterr().out
     assert "top15_natural: step 4 of 4" in printed
     assert "tokens/s" in printed
@@ -384,8 +385,9 @@ def test_workers_on_devices_learn_what_lanes_do(four):
     args, out = four
     losses = []
     for on in ("lanes", "devices"):
-        nanogpt.main([*args, "--on", on])
-        losses.append([line["loss_x"] for line in records.read_lines(out / "nanogpt.jsonl")[1]])
+        nanogpt.main([*args, "--on", on, "--out", str(out / on)])
+        _, lines = records.read_lines(out / on / "nanogpt.jsonl")
+        losses.append([line["loss_x"] for line in lines])
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -480,6 +482,55 @@ def test_an_interrupted_job_keeps_what_it_has(quick, tmp_path, monkeypatch, caps
     _, lines = records.read_lines(tmp_path / "nanogpt.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert "Stopped" in capsys.readouterr().out
+
+
+def test_a_record_of_the_main_job_grows_and_is_never_replaced(quick, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def counted(config, method, corpus, *others):
+        ran.append(method)
+        for record in fake_train(config, method, corpus):
+            if len(ran) == 2 and record["step"] == 5:
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(training, "train", counted)
+    monkeypatch.setattr(cluster, "initialize", lambda: None)  # JAX has begun, and cannot join a job
+    path = tmp_path / "nanogpt.jsonl"
+
+    def main(*more):
+        nanogpt.main([*quick, "--out", str(tmp_path), *more])
+        _, lines = records.read_lines(path)
+        return {method: len(list(own)) for method, own in itertools.groupby(lines, method_of)}
+
+    def method_of(line):
+        return line["method"]
+
+    methods = ["--methods", "uncompressed", "rank15_natural"]
+    assert main(*methods) == {"uncompressed": 11, "rank15_natural": 5}
+    assert "has uncompressed" not in capsys.readouterr().out
+    # Another method leaves what there is, finished or not.
+    only = ["--methods", "top15_natural"]
+    assert main(*only) == {"uncompressed": 11, "rank15_natural": 5, "top15_natural": 11}
+    whole = {"uncompressed": 11, "top15_natural": 11, "rank15_natural": 11}
+    assert main(*methods) == whole
+    assert "has uncompressed: to run that again, move the file" in capsys.readouterr().out
+    assert main(*methods) == whole
+    assert ran == ["uncompressed", "rank15_natural", "top15_natural", "rank15_natural"]
+    assert "tokens/s" in capsys.readouterr().out
+
+    before = path.read_bytes()
+    for name, value in (("seed", "1"), ("steps", "20"), ("on", "devices")):
+        message = rf"nanogpt.jsonl' was made with {name} .*{value}.*another --out"
+        with pytest.raises(ValueError, match=message):
+            main(f"--{name}", value, *only)
+    other = tmp_path / "other.txt"
+    other.write_bytes(bytes(3000))
+    with pytest.raises(ValueError, match="was made with text .*another --out, or move the file"):
+        main("--text", str(other))
+    with records.only_writer(path), pytest.raises(ValueError, match="Another process is writing"):
+        main(*only)
+    assert path.read_bytes() == before
 
 
 def test_a_sweep_goes_on_where_it_stopped(quick, tmp_path, monkeypatch, capsys):
