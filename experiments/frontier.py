@@ -3,7 +3,7 @@
 First every candidate is trained on a quarter of the tokens, with several learning rates; then the
 finalists on all of them, each with its best rates and with several seeds. Stopped and started
 again, it goes on. The frontier is drawn from the record, and what it comes to is written to
-`summary.json` beside it.
+`NAME_summary.json` beside it.
 
     python -m experiments.frontier --preset 0.3m --jobs 2
     python -m experiments.frontier --preset 1m --candidates uncompressed block16 --seeds 0
@@ -34,7 +34,7 @@ class Config(sweep.Config):
     )
     multipliers: tuple[float, ...] = (0.6, 0.4)  # of the base learning rate, for candidates
     seeds: tuple[int, ...] = (0, 1, 2)  # of the finalists; candidates have the first
-    out: str = "results/frontier.jsonl"  # the picture and `summary.json` stand beside it
+    out: str = "results/frontier.jsonl"  # the picture and the summary stand beside it
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +48,7 @@ def main(args=None):
     lines = run(config, finals(config, lines), command)
     print(plots.aligned(table(config, lines)))
     summary = headlines(config, lines, command)
-    path = pathlib.Path(config.out).with_name("summary.json")
+    path = summary_path(config.out)
     records.write_json(path, summary)
     print(json.dumps(summary, indent=1))
     print(f"Wrote {config.out}, {picture(config, lines)} and {path}")
@@ -78,6 +78,14 @@ def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
             config, methods=[method], multipliers=[screened[method][0]["lr_multiplier"]]
         )
     ]
+
+
+def summary_path(out: str) -> pathlib.Path:
+    """Beside the record and by its name, so that no run replaces the summary of another record."""
+    path = pathlib.Path(out)
+    # What the README says rests on this one's, which has always been called so.
+    name = "summary.json" if path.stem == "frontier_0.3m" else f"{path.stem}_summary.json"
+    return path.with_name(name)
 
 
 def table(config, lines):

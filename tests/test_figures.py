@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -169,7 +170,7 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     frontier.main(args)
     assert len(trained) == len(screened | finals)
 
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "record_summary.json").read_text())
     equal = summary["uplink_ratio_at_equal_loss"]
     # rank10 and block16 are worse by more than the spread.
     assert (equal["value"], equal["method"]) == (20, "rank15_natural")
@@ -185,6 +186,7 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     assert (reached["method"], reached["value"]) == ("block16", pytest.approx(30 / 34 / 0.016))
     assert summary["command"].startswith("python -m experiments.frontier")
     assert (tmp_path / "record.png").exists()
+    assert not (tmp_path / "summary.json").exists()  # that of the headline
     assert "10.2M tokens" not in capsys.readouterr().out
 
 
@@ -243,15 +245,23 @@ def test_a_frontier_without_an_equal_says_so(args, tmp_path):
     frontier.main(
         [*args[:-4], "uncompressed", "block16", "--candidates", "block16", "--eval-every", "2"]
     )
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "record_summary.json").read_text())
     assert summary["uplink_ratio_at_equal_loss"] == {"value": None}
     assert summary["uplink_ratio_to_loss_at_75_percent"]["method"] == "block16"
+
+
+def test_the_summary_of_the_headline_is_its_own():
+    results = pathlib.Path(frontier.__file__).parent / "results"
+    headline = frontier.summary_path(results / "frontier_0.3m.jsonl")
+    assert headline == results / "summary.json" and headline.is_file()
+    for record in results.glob("*.jsonl"):
+        assert record.stem == "frontier_0.3m" or frontier.summary_path(record) != headline
 
 
 def test_two_seeds_are_too_few_for_a_claim(args, tmp_path):
     args, _ = args
     frontier.main([*args, "--eval-every", "2", "--candidates", "rank10", "--seeds", "0", "1"])
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "record_summary.json").read_text())
     assert summary["uplink_ratio_at_equal_loss"] == {"value": None}
 
 
