@@ -78,8 +78,10 @@ def runs_of(config: Config) -> list[sweep.Run]:
 
 def budgets(config: Config) -> list[int]:
     """The numbers of steps that the figures need, the longest first."""
-    halved = set(config.figures) & set(WITH_HALF_THE_TOKENS)
-    return [config.steps, half(config)] if halved else [config.steps]
+    wanted = set(config.figures)
+    if wanted == {7}:  # the only one of half the tokens alone
+        return [half(config)]
+    return [config.steps, half(config)] if wanted & set(WITH_HALF_THE_TOKENS) else [config.steps]
 
 
 def half(config: Config) -> int:
@@ -93,10 +95,13 @@ def of_grid(config, lines):
 
 
 def table(config, lines):
-    """The figures in numbers: what each method ends with at its best learning rate."""
+    """The figures in numbers: what each method ends with at its best learning rate.
+
+    With all tokens, where the figures need them.
+    """
     loss = thresholds(config, lines)
     rows = [("", "rate", "test loss", "±", *(f"bytes to {each:.3f}" for each in loss))]
-    whole = best_runs(lines, config.steps)
+    whole = best_runs(lines, budgets(config)[0])
     for method, own in whole.items():
         losses = [line["loss_x"] for line in own]
         ratios = [saving(whole, method, each) for each in loss]
@@ -127,8 +132,9 @@ def thresholds(config, lines):
     """The losses of Figures 1 and 6."""
     if config.thresholds is not None:
         return config.thresholds
-    step, loss = curve(best_runs(lines, config.steps)[_BASELINE])
-    return tuple(float(np.interp(share * config.steps, step, loss)) for share in _SHARES)
+    steps = budgets(config)[0]
+    step, loss = curve(best_runs(lines, steps)[_BASELINE])
+    return tuple(float(np.interp(share * steps, step, loss)) for share in _SHARES)
 
 
 def curve(runs):

@@ -97,6 +97,18 @@ def test_a_figure_alone_runs_what_it_needs(args):
     assert {steps for *_, steps in trained} == {40}
 
 
+def test_figure_7_alone_takes_half_the_tokens_alone(args, tmp_path, capsys):
+    args, trained = args
+    figures.main([*args, "--figures", "7"])
+    assert {steps for *_, steps in trained} == {20}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (own,) = (row for row in rows if row and row[0] == "uncompressed")
+    assert own[1:3] == ["0.5", "1.9980"]
+    assert (tmp_path / "record_figure7.png").exists()
+    figures.main([*args, "--figures", "4", "7"])
+    assert {steps for *_, steps in trained} == {20, 40}
+
+
 def test_thresholds_may_be_given(args, capsys):
     args, _ = args
     figures.main([*args, "--figures", "1", "--thresholds", "2.5", "2.05"])
