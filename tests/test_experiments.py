@@ -1,7 +1,10 @@
 """The experiments: the model against a transcription in NumPy, the data, the runs and records."""
 
+import bz2
 import dataclasses
+import gzip
 import itertools
+import lzma
 import math
 import os
 import pathlib
@@ -276,6 +279,27 @@ def test_the_default_text_is_split_by_file_and_in_a_fixed_order(tmp_path, monkey
     assert test == b"<19>\n<39>"
     assert train == "\n".join(f"<{i}>" for i in range(40) if i not in (19, 39)).encode()
     assert text.standard_library().digest == corpus.digest
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("xz", lzma), ("gz", gzip), ("bz2", bz2)])
+def test_a_compressed_text_is_what_it_holds(suffix, module, tmp_path):
+    content = np.random.default_rng(0).integers(97, 123, 2000, np.uint8).tobytes()
+    plain, packed = tmp_path / "text.txt", tmp_path / f"text.txt.{suffix}"
+    plain.write_bytes(content)
+    packed.write_bytes(module.compress(content))
+    found = corpora.load(packed)
+    np.testing.assert_array_equal(found.train, corpora.load(plain).train)
+    assert found.describe() == corpora.load(plain).describe()
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"text.txt.{suffix}' cannot be read.*Get the file anew"):
+        corpora.load(packed)
+    packed.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"text.txt.{suffix}' cannot be read.*Get the file anew"):
+        corpora.load(packed)
+    tokens = tmp_path / f"tokens.bin.{suffix}"
+    tokens.write_bytes(module.compress(content))
+    with pytest.raises(ValueError, match=rf"tokens.bin.{suffix}' are tokens.*unpack the file"):
+        corpora.load(tokens)
 
 
 def test_bad_texts_are_refused(tmp_path, monkeypatch, counting):

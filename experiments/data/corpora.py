@@ -34,6 +34,8 @@ class Corpus(Protocol):
 def load(path: str | pathlib.Path | None = None) -> Corpus:
     """A folder of token files, or one of them (`*.bin`), or any other file as bytes.
 
+    Of a text compressed as `*.xz`, `*.gz` or `*.bz2`, those of the text.
+
     None: the sources of Python's standard library, which need no download.
 
     Raises:

@@ -4,10 +4,14 @@ Nothing is downloaded. The default text is Python's own standard library, which 
 that can run this; its bytes depend on the Python version, so its digest is recorded.
 """
 
+import bz2
 import dataclasses
+import gzip
 import hashlib
+import lzma
 import pathlib
 import sysconfig
+import zlib
 
 import numpy as np
 
@@ -17,6 +21,7 @@ _SKIPPED = {
     *("idle_test", "test", "tests"),  # not everywhere installed
     *("encodings", "pydoc_data"),  # tables
 }
+_COMPRESSED = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _TEST_EVERY = 20  # every 20th file, or the last 20th of a single file, is for testing
 
 
@@ -90,15 +95,26 @@ def standard_library() -> Text:
 
 
 def single_file(path: pathlib.Path) -> Text:
-    """A file's bytes, the last 20th of them for testing."""
+    """A file's bytes, the last 20th of them for testing; of a compressed one what it holds."""
     if not path.is_file():
         raise ValueError(
             f"There is no text file {str(path)!r}: --text takes the path of one file, or of a "
             "folder of token files."
         )
-    text = path.read_bytes()
+    name = path.stem if path.suffix in _COMPRESSED else path.name
+    if name.endswith(".bin"):
+        raise ValueError(
+            f"{str(path)!r} are tokens, which are mapped and not read: unpack the file."
+        )
+    with _COMPRESSED.get(path.suffix, open)(path, "rb") as file:
+        try:
+            text = file.read()
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read: {error}. Get the file anew."
+            ) from error
     cut = len(text) - len(text) // _TEST_EVERY
-    return _text(text[:cut], text[cut:], path.name)
+    return _text(text[:cut], text[cut:], name)
 
 
 def _text(train, test, name):
