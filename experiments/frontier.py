@@ -185,22 +185,26 @@ def sent(runs, both=False):
 
 def picture(config, lines):
     """Final loss against bytes, of the uplink and of both ways; returns the picture's path."""
-    figure = Figure(figsize=(11, 8.4), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(13, 13), layout="constrained")
+    axes, named = figure.subplots(2, 2), []
     for row, steps in zip(axes, (quarter(config), config.steps), strict=True):
         found = figures.best_runs(lines, steps)
         for axis, both in zip(row, (False, True), strict=True):
-            _frontier(axis, found, both)
+            named.append((axis, _frontier(axis, found, both)))
             way = "both ways" if both else "to the server"
             axis.set_xlabel(f"MB of each worker, {way}")
             axis.set_title(f"{steps * config.tokens_a_step / 1e6:.1f}M tokens", fontsize=9)
         row[0].set_ylabel("final test loss (nats a token)")
+    figure.draw_without_rendering()  # where things are
+    for axis, names in named:
+        _names(axis, names)
     return plots.save(figure, pathlib.Path(config.out).with_suffix(".png"))
 
 
 def _frontier(axis, found, both):
+    """Draws it, and returns what is to be named: x, y, name and color of each point."""
     points = sorted((sent(runs, both) / 1e6, mean_loss(runs), name) for name, runs in found.items())
-    best, least = [], math.inf
+    best, named, least = [], [], math.inf
     for x, y, name in points:
         ahead = y < least
         if ahead:
@@ -211,21 +215,46 @@ def _frontier(axis, found, both):
         own = [run["loss_x"] for run in found[name]]
         axis.plot([x] * len(own), own, ".", color=color, alpha=0.5, markersize=4)
         axis.plot(x, y, "o", color=color, fillstyle="full" if ahead else "none", markersize=5)
-        axis.annotate(
-            name,
-            (x, y),
-            xytext=(5, 0),
-            textcoords="offset points",
-            fontsize=6.5,
-            color=color,
-            va="center",
-        )
+        named.append((x, y, name, color))
     axis.plot(*zip(*best, strict=True), color="0.6", linewidth=0.8, zorder=0)
     losses = sorted(y for _, y, _ in points if math.isfinite(y)) or [0.0]
     axis.set_ylim(losses[0] - 0.01, losses[int(0.9 * (len(losses) - 1))] + 0.02)
     plots.logarithmic(axis)
+    axis.set_xlim(right=4 * max(x for x, _, _ in points))  # room for the last names
     axis.grid(color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
+    return named
+
+
+def _names(axis, named):
+    """Each beside its point, or as near as it lies on no other; with its loss where that is off."""
+    top, size, taken = axis.get_ylim()[1], 6.5, []
+    low, high = (y * 72 / axis.figure.dpi for y in (axis.bbox.ymin, axis.bbox.ymax))
+    for x, y, name, color in sorted(named, key=lambda point: point[1]):
+        text = name if y <= top else f"{name} {y:.2f} ↑"
+        left, middle = axis.transData.transform((x, min(y, top))) * 72 / axis.figure.dpi
+        for offset in sorted(range(-200, 201, 2), key=abs):
+            box = (left + 5, middle + offset, left + 5 + 0.56 * size * len(text))
+            inside = low + size < middle + offset < high - size
+            if inside and not any(_overlap(box, other, 1.15 * size) for other in taken):
+                break
+        taken.append(box)
+        axis.annotate(
+            text,
+            (x, min(y, top)),
+            xytext=(5, offset),
+            textcoords="offset points",
+            fontsize=size,
+            color=color,
+            va="center",
+            in_layout=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.3} if offset else None,
+        )
+
+
+def _overlap(box, other, height):
+    left, middle, right = box
+    return left < other[2] and other[0] < right and abs(middle - other[1]) < height
 
 
 if __name__ == "__main__":
