@@ -5,6 +5,7 @@ is what lets us tell local gradients from already summed ones, and what an all-g
 right. Under vmap, pmap and `check_vma=False` there are no such types, and nothing to keep.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -48,18 +49,29 @@ def worker_index(axis_name: AxisName) -> jax.Array | int:
     return lax.axis_index(names(axis_name)) if names(axis_name) else 0
 
 
+def together(axis_name: AxisName) -> list[tuple[str, ...]]:
+    """The names, outermost first, in groups that one collective takes each.
+
+    Over the axes of a mesh one collective sends less than one for each. None takes a vmap axis and
+    another one.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    groups = itertools.groupby(names(axis_name), lambda name: None if name in manual else name)
+    return [tuple(group) for _, group in groups]
+
+
 def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Every worker's `x`, stacked along a new leading axis of length `worker_count`."""
     shape = x.shape
-    for name in reversed(names(axis_name)):  # one by one: no gather mixes a vmap and a mesh axis
+    for group in reversed(together(axis_name)):
         if x.size == 0:
-            x = jnp.zeros((lax.axis_size(name), *x.shape), x.dtype)
-        elif is_tracked(name):
+            x = jnp.zeros((worker_count(group), *x.shape), x.dtype)
+        elif all(map(is_tracked, group)):
             # The plain gather is typed as varying, though every worker has the same; a pmean to
             # mend that would be a dense all-reduce.
-            x = lax.all_gather(x, name, to="invarying")
+            x = lax.all_gather(x, group, to="invarying")
         else:
-            x = lax.all_gather(x, name)
+            x = lax.all_gather(x, group)
     return x.reshape(-1, *shape)
 
 

@@ -38,45 +38,53 @@ class Links:
     def gather(self, row: jax.Array) -> jax.Array:
         """Every worker's row: (length,) -> (n, length)."""
         (length,) = row.shape
-        for name in reversed(self._names):  # one by one: no gather mixes a vmap and a mesh axis
-            row = self._cut(lambda x, name=name: _axes.gather(x, name), name, row)
+        for group in reversed(self._groups):
+            row = self._cut(lambda x, group=group: _axes.gather(x, group), group, row)
         return row.reshape(-1, length)
 
     def exchange(self, rows: jax.Array) -> jax.Array:
         """Row j to worker j: (n, length) -> (n, length), row i from worker i."""
-        sizes = [lax.axis_size(name) for name in self._names]
-        rows = rows.reshape(*sizes, rows.shape[-1])
-        for axis, name in enumerate(self._names):
+        rows = self._by_group(rows)
+        for axis, group in enumerate(self._groups):
 
-            def swap(x, axis=axis, name=name):
-                return lax.all_to_all(x, name, axis, axis, tiled=True)
+            def swap(x, axis=axis, group=group):
+                return lax.all_to_all(x, group, axis, axis, tiled=True)
 
-            rows = self._cut(swap, name, rows)
+            rows = self._cut(swap, group, rows)
         return rows.reshape(-1, rows.shape[-1])
 
     def mean(self, row: jax.Array) -> jax.Array:
         """The mean of all workers' rows: (length,) -> (length,)."""
-        for name in self._names:
-            row = self._cut(lambda x, name=name: lax.pmean(x, name), name, row)
+        for group in reversed(self._groups):
+            row = self._cut(lambda x, group=group: lax.pmean(x, group), group, row)
         return row
 
     def scatter(self, rows: jax.Array) -> jax.Array:
         """The mean of all workers' rows j, at worker j: (n, length) -> (length,)."""
-        sizes = [lax.axis_size(name) for name in self._names]
-        rows = rows.reshape(*sizes, rows.shape[-1])
-        for name in self._names:
-            rows = self._cut(lambda x, name=name: lax.psum_scatter(x, name), name, rows)
-        return rows / jnp.asarray(math.prod(sizes), rows.dtype)
+        count, length = rows.shape
+        rows = self._by_group(rows)
+        for axis, group in reversed(list(enumerate(self._groups))):
+
+            def add(x, axis=axis, group=group):  # tiled: else vmap may lose its axis, in jax 0.10
+                return lax.psum_scatter(x, group, scatter_dimension=axis, tiled=True)
+
+            rows = self._cut(add, group, rows)
+        return rows.reshape(length) / jnp.asarray(count, rows.dtype)
 
     @property
-    def _names(self):
-        return _axes.names(self.axis_name)
+    def _groups(self):
+        """Outermost first. Sums begin with the last: lanes are added up before a device sends."""
+        return _axes.together(self.axis_name)
 
-    def _cut(self, collective: Callable, name: str, row: jax.Array) -> jax.Array:
-        """`collective` over `name`, of a piece of the last axis on each device of a worker."""
+    def _by_group(self, rows):
+        sizes = map(_axes.worker_count, self._groups)
+        return rows.reshape(*sizes, rows.shape[-1])
+
+    def _cut(self, collective: Callable, group: tuple[str, ...], row: jax.Array) -> jax.Array:
+        """`collective` over `group`, of a piece of the last axis on each device of a worker."""
         if row.size == 0:
             return jnp.zeros(jax.eval_shape(collective, row).shape, row.dtype)
-        manual, automatic = _axes.names(self.inside), _left_to_the_compiler(name)
+        manual, automatic = _axes.names(self.inside), _left_to_the_compiler(group)
         pieces = _axes.worker_count(self.inside) * math.prod(automatic.values())
         if pieces == 1:
             return collective(row)
@@ -84,7 +92,7 @@ class Links:
         wide = -(-length // pieces)
         row = jnp.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, pieces * wide - length)])
         if automatic:
-            collective = _over_mesh(collective, name, tuple(automatic))
+            collective = _over_mesh(collective, group, tuple(automatic))
         if manual:
             collective = _over_devices(collective, self.inside)
         return collective(row)[..., :length]
@@ -101,7 +109,7 @@ def _over_devices(collective, inside):
     return wrapped
 
 
-def _over_mesh(collective, name, automatic):
+def _over_mesh(collective, group, automatic):
     def wrapped(row):
         result = jax.eval_shape(collective, row)
         last = [P(*(None,) * (x.ndim - 1), automatic) for x in (row, result)]
@@ -110,16 +118,16 @@ def _over_mesh(collective, name, automatic):
             in_specs=last[0],
             out_specs=last[1],
             axis_names=set(automatic),
-            check_vma=_axes.is_tracked(name),
+            check_vma=all(map(_axes.is_tracked, group)),
         )(row)
 
     return wrapped
 
 
-def _left_to_the_compiler(name):
-    """The mesh's axes that are not manual, with their sizes, where `name` is one that is."""
+def _left_to_the_compiler(group):
+    """The mesh's axes that are not manual, with their sizes, where those of `group` are."""
     mesh = jax.sharding.get_abstract_mesh()
-    if name not in mesh.manual_axes:
+    if not set(group) <= set(mesh.manual_axes):
         return {}
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {
