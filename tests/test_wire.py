@@ -1,5 +1,7 @@
 """Bytes are real: compiled programs carry what the ledger says, in every topology, and no more."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +57,10 @@ FOUR = mesh_of(("workers", 4))
 
 def compiled(tx, mesh, params=PARAMS, step=None, batch=4, axis_name="workers", **mapped):
     mapped_step = ef21.spmd(step or step_of(tx), mesh=mesh, axis_name=axis_name, **mapped)
-    workers = np.prod([mesh.shape[name] for name in np.atleast_1d(axis_name)])
-    state = ef21.replicate(tx.init(params), int(workers), mesh=mesh, axis_name=axis_name)
+    on_mesh = [name for name in np.atleast_1d(axis_name) if name in mesh.axis_names]
+    devices = int(np.prod([mesh.shape[name] for name in on_mesh]))
+    workers = devices if len(on_mesh) == np.size(axis_name) else batch  # lanes, on each
+    state = ef21.replicate(tx.init(params), workers, mesh=mesh, axis_name=axis_name)
     return jax.jit(mapped_step).lower(params, state, jnp.ones(batch)).compile()
 
 
@@ -125,6 +129,90 @@ def test_an_array_that_is_split_inside_a_worker_is_not_gathered_across_workers(o
     split = NamedSharding(mesh, P(None, "inside"))
     params = {**PARAMS, "layers": [jax.device_put(x, split) for x in PARAMS["layers"]]}
     ef21.ledger.audit(compiled(tx, mesh, params, batch=2), tx, params, mesh=mesh)
+
+
+# Every way to travel: gathered or exchanged, added up as it is or as a message, dealt out or not.
+EVERY_WAY = {
+    "layers": BLOCKS,
+    "alone": ef21.RandK(0.25, shared=True),
+    "gains": ef21.Identity(),
+    "table": ef21.RandK(0.5, shared=True),
+}
+DENSE = ef21.Identity()
+UPLINKS = [
+    pytest.param(EVERY_WAY, id="every way"),
+    pytest.param(DENSE, id="dense", marks=pytest.mark.slow),
+]
+SEVERAL_AXES = {
+    "two axes": ([("a", 2), ("b", 2)], ("a", "b"), 4),
+    "lanes on devices": ([("devices", 2)], ("devices", "lanes"), 4),
+    "lanes on two axes": ([("a", 2), ("b", 2)], ("a", "b", "lanes"), 8),
+}
+TOPOLOGY_OF = {"all repeat": lambda n: ef21.Gather(), "sharded": ef21.Sharded}
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("topology", TOPOLOGY_OF)
+@pytest.mark.parametrize(
+    "setting",
+    ["two axes", "lanes on devices", pytest.param("lanes on two axes", marks=pytest.mark.slow)],
+)
+def test_workers_along_several_axes_send_what_the_ledger_says(setting, topology, uplink, optimized):
+    axes, axis_name, workers = SEVERAL_AXES[setting]
+    mesh = mesh_of(*axes)
+    tx = muon(TOPOLOGY_OF[topology](workers), uplink=uplink, axis_name=axis_name)
+    program = compiled(tx, mesh, batch=workers, axis_name=axis_name)
+    at = dict(mesh=mesh, axis_name=axis_name)
+    found = ef21.ledger.audit(program, tx, PARAMS, num_workers=workers, **at)
+    traffic = ef21.ledger.traffic(tx, PARAMS, workers, lanes=workers // mesh.size)
+    assert brought(found) == traffic.brought
+    assert found.sent_per_worker == traffic.sent
+    if topology == "sharded":
+        assert ef21.ledger.audit(program, tx, PARAMS, **at) == found
+
+
+LANES = ("devices", "lanes")
+
+
+@functools.cache
+def eight_on_two(topology, spoil=lambda grads: grads):
+    tx, mesh = muon(topology, axis_name=LANES), mesh_of(("devices", 2))
+    step = step_of(tx, spoil)
+    return compiled(tx, mesh, step=step, batch=8, axis_name=LANES), tx, mesh
+
+
+def mean_on_devices(grads):
+    return jax.tree.map(lambda g: jax.lax.pmean(g, "devices"), grads)
+
+
+@pytest.mark.parametrize(
+    ("program", "call", "message"),
+    [
+        ((ef21.Gather(),), dict(), "`num_workers` must be a multiple of 2, .*got None"),
+        ((ef21.Gather(),), dict(num_workers=5), "`num_workers` .*multiple of 2, .*got 5"),
+        ((ef21.Gather(),), dict(axis_name="devices"), "has a device more workers"),
+        ((ef21.Sharded(8),), dict(num_workers=4), "that fits Sharded.*got 4"),
+        ((ef21.Sharded(8), mean_on_devices), dict(), "A device of 4 workers sends .*averaged"),
+    ],
+    ids=["unknown", "no multiple", "fewer", "not the server's", "averaged before"],
+)
+def test_an_audit_of_lanes_says_what_is_wrong_with_it(program, call, message):
+    text, tx, mesh = eight_on_two(*program)
+    with pytest.raises(ValueError, match=message):
+        ef21.ledger.audit(text, tx, PARAMS, **(dict(mesh=mesh, axis_name=LANES) | call))
+
+
+def test_the_network_of_a_device_carries_the_messages_of_its_lanes():
+    params = {"layers": [jnp.ones((16, 24))] * 8}
+    alone, lanes = (ef21.ledger.traffic(muon(ef21.Gather()), params, 8, lanes=k) for k in (1, 4))
+    assert alone.sent == 7 * alone.brought["all-gather"]
+    assert lanes.sent == 4 * alone.brought["all-gather"]  # to one other device
+    assert "8 workers, 4 on a device" in str(lanes)
+    dense = muon(ef21.Gather(), uplink=DENSE)
+    assert ef21.ledger.traffic(dense, params, 8, lanes=4).sent == 4 * 16 * 24 * 8
+    for bad in (0, 3):
+        with pytest.raises(ValueError, match=f"must divide the 8 workers, got {bad}"):
+            ef21.ledger.traffic(dense, params, 8, lanes=bad)
 
 
 def mean_first(grads):
