@@ -187,7 +187,16 @@ HARNESSES = {
     "explicit axes": dict(mesh=[("workers", 4)], types=AxisType.Explicit),
     "lanes on devices": dict(mesh=[("devices", 2)], axis_name=("devices", "lanes")),
     "two axes of devices": dict(mesh=[("a", 2), ("b", 2)], axis_name=("a", "b")),
+    "two axes, the inner one first": dict(mesh=[("a", 2), ("b", 2)], axis_name=("b", "a")),
 }
+
+
+def in_harness(harness, topology, names, steps, pair=PAIR):
+    setting = dict(HARNESSES[harness])
+    mesh = mesh_of(*setting.pop("mesh"), types=setting.pop("types", AxisType.Auto))
+    axis_name = setting.pop("axis_name", ("workers",))
+    tx = muon(topology, pair, axis_name=axis_name)
+    return run(tx, tree(names), 4, steps=steps, mesh=mesh, axis_name=axis_name)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +208,31 @@ HARNESSES = {
     ids=str,
 )
 def test_devices_agree_with_lanes_for_a_hundred_steps(harness, topology):
-    setting = dict(HARNESSES[harness])
-    mesh = mesh_of(*setting.pop("mesh"), types=setting.pop("types", AxisType.Auto))
-    axis_name = setting.pop("axis_name", ("workers",))
-    tx = muon(topology, axis_name=axis_name)
-    found = run(tx, tree(FEW), 4, steps=100, mesh=mesh, axis_name=axis_name)
-    agree(found, on_lanes(topology, 4, 100))
+    agree(in_harness(harness, topology, FEW, 100), on_lanes(topology, 4, 100))
+
+
+# Added up as it is, dealt out (gains) and not (odd), and as a message (hidden).
+ADDED_UP = (*FEW, "gains")
+UP_ADDED = {
+    "hidden": ef21.RandK(0.3, shared=True),
+    "odd": ef21.Identity(),
+    "table": BLOCKS,
+    "gains": ef21.Identity(),
+}
+
+
+@functools.cache
+def added_up_on_lanes(topology):
+    return run(muon(topology, (UP_ADDED, NATURAL)), tree(ADDED_UP), 4)
+
+
+@pytest.mark.parametrize("harness", [name for name in HARNESSES if name != "explicit axes"])
+@pytest.mark.parametrize(
+    "topology", [ef21.Sharded(4), pytest.param(ef21.Gather(), marks=SLOW)], ids=str
+)
+def test_what_devices_add_up_agrees_with_lanes(harness, topology):
+    found = in_harness(harness, topology, ADDED_UP, 6, (UP_ADDED, NATURAL))
+    agree(found, added_up_on_lanes(topology), 1e-5)
 
 
 def test_pmap_and_a_shard_map_that_checks_types_agree_with_lanes():

@@ -171,6 +171,38 @@ def test_workers_along_several_axes_send_what_the_ledger_says(setting, topology,
         assert ef21.ledger.audit(program, tx, PARAMS, **at) == found
 
 
+def by_pmap(tx, workers):
+    state = ef21.replicate(tx.init(PARAMS), workers)
+    axes = (None, ef21.state_axes(state), 0)
+    step = jax.pmap(step_of(tx), axis_name="workers", in_axes=axes, out_axes=axes)
+    return step.lower(PARAMS, state, jnp.ones(workers)).compile()
+
+
+def with_types_checked(tx, mesh):
+    names = mesh.axis_names
+    state = ef21.replicate(tx.init(PARAMS), mesh.size)
+
+    def body(params, state, b):
+        state = ef21.map_per_worker(lambda x: x[0], state)
+        grads = jax.tree.map(lambda p: p * b[0], ef21.varying(params, names))
+        updates, state = tx.update(grads, state, params)
+        state = ef21.map_per_worker(lambda x: x[None], state)
+        return optax.apply_updates(params, updates), state
+
+    specs = (P(), ef21.state_axes(state, P(names), P()))
+    step = jax.shard_map(body, mesh=mesh, in_specs=(*specs, P(names)), out_specs=specs)
+    return jax.jit(step).lower(PARAMS, state, jnp.ones(mesh.size)).compile()
+
+
+@pytest.mark.parametrize("kind", ["pmap", "types checked", "types checked, two axes"])
+def test_steps_that_are_mapped_by_hand_send_what_the_ledger_says(kind, optimized):
+    mesh = mesh_of(("a", 2), ("b", 2)) if kind.endswith("two axes") else FOUR
+    tx = muon(ef21.Sharded(4), uplink=EVERY_WAY, axis_name=mesh.axis_names)
+    program = by_pmap(tx, 4) if kind == "pmap" else with_types_checked(tx, mesh)
+    found = ef21.ledger.audit(program, tx, PARAMS, mesh=mesh, axis_name=mesh.axis_names)
+    assert brought(found) == ef21.ledger.traffic(tx, PARAMS, 4).brought
+
+
 LANES = ("devices", "lanes")
 
 
