@@ -25,6 +25,7 @@ Needs Linux, root and iproute2.
 
 import dataclasses
 import math
+import pathlib
 import statistics
 import sys
 import time
@@ -78,6 +79,7 @@ FOR_TORCH = {
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
     turns: int = 20  # steps of the training
+    json: pathlib.Path | None = pathlib.Path("results/capped_network.json")  # and a picture
     more_turns: int = 6  # steps at each further rate
     rates: tuple[str, ...] = ("100mbit", "1gbit")  # of each link and direction, as `tc` writes them
     methods: tuple[MethodName, ...] = METHODS

@@ -18,6 +18,7 @@ grows as (n - 1) / n. `bytes_n8_over_n2` is of the sharded server's message and 
 
 import contextlib
 import dataclasses
+import pathlib
 import statistics
 import sys
 from typing import Literal
@@ -44,6 +45,7 @@ MOST_WORKERS = 8
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
     turns: int = 3  # each of them times everything once
+    json: pathlib.Path | None = pathlib.Path("results/scaling.json")  # and a picture
     workers: tuple[int, ...] = (1, 2, 4, MOST_WORKERS)
     methods: tuple[MethodName, ...] = METHODS
     layers: int = 8  # of the GPT

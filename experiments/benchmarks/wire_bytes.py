@@ -18,6 +18,7 @@ Needs Linux, root and iproute2.
 """
 
 import dataclasses
+import pathlib
 import sys
 import time
 from typing import Literal
@@ -46,6 +47,7 @@ TIMEOUT = 1800  # seconds
 @dataclasses.dataclass(frozen=True)
 class Config(timing.Config):
     turns: int = 4  # steps between two readings
+    json: pathlib.Path | None = pathlib.Path("results/wire_bytes.json")  # and a picture
     workers: tuple[int, ...] = (2, 4, 8)
     methods: tuple[MethodName, ...] = METHODS
     layers: int = 8  # of the GPT
