@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 from ._block_messages import BlockCodes, BlockSparse
+from ._matrix_messages import LowRank, SignedOnes, Subspace
 from ._messages import (
-    LowRank,
     PowersOfTwo,
-    SignedOnes,
     Sometimes,
     Sparse,
     Stacked,
-    Subspace,
     Transposed,
     is_message,
     wire_bits,

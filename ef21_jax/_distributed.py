@@ -16,15 +16,12 @@ from jax import lax
 from . import _axes, _placement, _topologies
 from ._axes import AxisName
 from ._dtypes import rounded, widen
+from ._guard import all_finite, or_zero, select, silenced
 from ._links import Links
-from ._messages import Floats, dense, expand_in_turn, is_message
-from ._packing import to_bits
+from ._messages import Floats, expand_in_turn, is_message
 from ._repeatable import Repeatable
 from ._state import DistributedState, as_parts_of, find_state, is_per_worker, own_parts
 from ._topologies import Gather, Topology
-
-
-_TOGETHER = 4  # arrays in one reduction: of a stack its gradients, messages, momenta, estimates
 
 
 class Distributed(optax.GradientTransformationExtraArgs):
@@ -37,7 +34,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
       stack: from a tree like the parameters to how the state lays it out (see `grouped`).
       unstack: from that, and a tree like the parameters, back.
       topology: who averages the messages, and takes the server's step.
-      check: raises a ValueError, while a step is traced, for gradients that are not a worker's own.
+      check_gradients: raises a ValueError, when traced, for some that are not a worker's own.
     """
 
     messages: Callable[[optax.Params], tuple[Any, Any]]
@@ -45,7 +42,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
     stack: Callable[[Any], Any]
     unstack: Callable[[Any, Any], Any]
     topology: Topology
-    check: Callable[[Any], None]
+    check_gradients: Callable[[Any], None]
 
     @classmethod
     def of(
@@ -56,7 +53,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
         messages: Callable,
         traffic: Callable,
         topology: Topology,
-        check: Callable[[Any], None],
+        check_gradients: Callable[[Any], None],
         stack: Callable = lambda tree: tree,
         unstack: Callable = _topologies.join,
     ) -> "Distributed":
@@ -67,7 +64,7 @@ class Distributed(optax.GradientTransformationExtraArgs):
         transformation.stack = stack
         transformation.unstack = unstack
         transformation.topology = topology
-        transformation.check = check
+        transformation.check_gradients = check_gradients
         return transformation
 
 
@@ -148,7 +145,7 @@ def distribute(
     downlink = None if downlink is None else optax.with_extra_args_support(downlink)
     links = Links(axis_name, mean_axis_name)
 
-    def check(updates):
+    def check_gradients(updates):
         for axis in (axis_name, mean_axis_name):
             _axes.check_bound(axis)
             _axes.check_local(updates, axis)
@@ -174,14 +171,13 @@ def distribute(
             updates, state.worker, widen(params), **keys, **first, **extra_args
         )
         # The gradient too: a compressor may make something finite of a NaN.
-        sizes = jax.tree.map(_bounded, messages, is_leaf=is_message)
-        finite = _all_finite((updates, sizes, proposed), _axes.worker_count(axis_name))
+        finite = all_finite((updates, messages, proposed), _axes.worker_count(axis_name))
         rejected = state.rejected + jnp.where(finite, 0, 1).astype(jnp.int32)
-        messages = _silenced(finite, messages)
+        messages = silenced(finite, messages)
         arrays = expand_in_turn(messages)
         if isinstance(worker, Repeatable):
             arrays, kept = worker.update(
-                _or_zero(finite, updates),
+                or_zero(finite, updates),
                 state.worker,
                 widen(params),
                 sent=arrays,
@@ -191,14 +187,14 @@ def distribute(
             )
             messages = jax.tree.map(_as_made_last, messages, arrays, is_leaf=is_message)
         else:
-            kept = _select(finite, proposed, state.worker)
+            kept = select(finite, proposed, state.worker)
         mean = arrays
         if _axes.names(axis_name):
             mean = _topologies.average(topology, messages, links)
         return mean, kept, rejected
 
     def update(updates, state, params=None, **extra_args):
-        check(updates)
+        check_gradients(updates)
         _check_dealt(state, jax.eval_shape(init, _shapes(updates)), topology)
         updates = _mean_within(widen(updates), mean_axis_name)
         index = _axes.worker_index(axis_name)
@@ -248,7 +244,12 @@ def distribute(
         return _topologies.traffic(topology, *messages(params))
 
     return Distributed.of(
-        init, update, messages=messages, traffic=traffic, topology=topology, check=check
+        init,
+        update,
+        messages=messages,
+        traffic=traffic,
+        topology=topology,
+        check_gradients=check_gradients,
     )
 
 
@@ -295,66 +296,6 @@ def _worker_keys(key, index):
 def _as_made_last(node, array):
     """The message, or the array it stands for where that is sent as it is."""
     return array if isinstance(node, Floats) else node
-
-
-def _silenced(finite, messages):
-    """`messages` where `finite`, else such as stand for zero."""
-
-    def silence(node):
-        if is_message(node) and node.summable:
-            # What is not the addend is no worker's own: it is needed to decode the others' sum.
-            return node.with_addend(_or_zero(finite, node.addend()))
-        # All-zero leaves stand for zero, whatever the kind of message.
-        return _or_zero(finite, node)
-
-    return jax.tree.map(silence, messages, is_leaf=is_message)
-
-
-def _bounded(node):
-    """No more than what bounds the array that `node` stands for, where that is not at hand."""
-    return dense(node) if isinstance(node, Floats) or not is_message(node) else node.bound()
-
-
-def _all_finite(tree, num_workers):
-    """Whether every float is finite, and so small that sums over the workers will be as well.
-
-    And of two of them before that, see `Repeatable`.
-    """
-    alike: dict[Any, list[jax.Array]] = {}
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            alike.setdefault((leaf.shape, leaf.dtype), []).append(leaf)
-    finite = []
-    for (_, dtype), leaves in alike.items():
-        limit = _size(jnp.asarray(jnp.finfo(dtype).max / (4 * num_workers), dtype))
-        for start in range(0, len(leaves), _TOGETHER):
-            sizes = _largest_sizes(leaves[start : start + _TOGETHER])
-            finite += [size <= limit for size in sizes]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
-
-
-def _size(x):
-    """The bits of the magnitude, which order as magnitudes do, with NaN the largest of all."""
-    return to_bits(x) << 1
-
-
-def _largest_sizes(leaves):
-    """The largest `_size` in each of some arrays of one shape and dtype.
-
-    In one reduction, of integers: it reads what the arrays are made of, and they are not made.
-    """
-    sizes = tuple(_size(leaf) for leaf in leaves)
-    zeros = tuple(size.dtype.type(0) for size in sizes)
-    axes = tuple(range(sizes[0].ndim))
-    return lax.reduce(sizes, zeros, lambda a, b: tuple(map(lax.max, a, b)), axes)
-
-
-def _or_zero(finite, tree):
-    return _select(finite, tree, optax.tree.zeros_like(tree))
-
-
-def _select(chosen, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), new, old)
 
 
 def _cast_like(tree, like):

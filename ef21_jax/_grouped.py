@@ -61,7 +61,7 @@ def grouped(
 
     def update(updates, state, params=None, **extra_args):
         grouping, inner = of(updates if params is None else params)
-        inner.check(updates)  # a stack is a worker's own as soon as one of its layers is
+        inner.check_gradients(updates)  # a stack is a worker's own as soon as one of its layers is
         stacked = None if params is None else grouping.stack(params)
         steps, state = inner.update(grouping.stack(updates), state, stacked, **extra_args)
         return grouping.unstack(steps, state.count), state
@@ -85,7 +85,7 @@ def grouped(
         messages=messages,
         traffic=traffic,
         topology=topology,
-        check=assembled.check,
+        check_gradients=assembled.check_gradients,
         stack=_placement.left_to_the_compiler(lambda tree: of(tree)[0].stack(tree)),
         unstack=_placement.left_to_the_compiler(unstack),
     )

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from ._compressors import Compressor, check_fraction, contraction_of_values, kept
 from ._dtypes import at_least_float32
 from ._geometry import from_euclidean, schatten_exponent, squared
-from ._messages import Floats, LowRank, Subspace
+from ._matrix_messages import LowRank, Subspace
+from ._messages import Floats
 from ._polar import orthogonalize, over_largest, polar_express, unit_scale
 from ._positions import Strata
 from ._random import normal

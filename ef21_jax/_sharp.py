@@ -17,7 +17,8 @@ from ._compressors import (
 )
 from ._dtypes import at_least_float32, without_overflow
 from ._geometry import entry_exponent, from_euclidean, squared
-from ._messages import Floats, SignedOnes, Sparse, wire_bits
+from ._matrix_messages import SignedOnes
+from ._messages import Floats, Sparse, wire_bits
 from ._positions import Local
 
 

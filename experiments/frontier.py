@@ -34,7 +34,8 @@ class Config(sweep.Config):
     )
     multipliers: tuple[float, ...] = (0.6, 0.4)  # of the base learning rate, for candidates
     seeds: tuple[int, ...] = (0, 1, 2)  # of the finalists; candidates have the first
-    out: str = "results/frontier.jsonl"  # the picture and the summary stand beside it
+    out: str = "results/frontier.jsonl"  # and a picture beside it
+    summary: str | None = None  # what it comes to, in JSON; None: by the name of `out`, beside it
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +49,7 @@ def main(args=None):
     lines = run(config, finals(config, lines), command)
     print(plots.aligned(table(config, lines)))
     summary = headlines(config, lines, command)
-    path = summary_path(config.out)
+    path = config.summary or summary_path(config.out)
     records.write_json(path, summary)
     print(json.dumps(summary, indent=1))
     print(f"Wrote {config.out}, {picture(config, lines)} and {path}")
@@ -81,11 +82,9 @@ def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
 
 
 def summary_path(out: str) -> pathlib.Path:
-    """Beside the record and by its name, so that no run replaces the summary of another record."""
+    """By the record's name, so that no run replaces the summary of another record."""
     path = pathlib.Path(out)
-    # What the README says rests on this one's, which has always been called so.
-    name = "summary.json" if path.stem == "frontier_0.3m" else f"{path.stem}_summary.json"
-    return path.with_name(name)
+    return path.with_name(f"{path.stem}_summary.json")
 
 
 def table(config, lines):

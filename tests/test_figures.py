@@ -179,7 +179,7 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     screened = {(method, rate, 0, 10) for method in NAMES for rate in (1.0, 0.5)}
     finals = {(method, 0.5, seed, 40) for method in NAMES for seed in (0, 1, 2)}
     assert len(trained) == len(set(trained)) and set(trained) == screened | finals
-    frontier.main(args)
+    frontier.main([*args, "--summary", str(tmp_path / "elsewhere.json")])
     assert len(trained) == len(screened | finals)
 
     summary = json.loads((tmp_path / "record_summary.json").read_text())
@@ -197,6 +197,8 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     assert reached["loss"] == pytest.approx(2.25)
     assert (reached["method"], reached["value"]) == ("block16", pytest.approx(30 / 34 / 0.016))
     assert summary["command"].startswith("python -m experiments.frontier")
+    again = json.loads((tmp_path / "elsewhere.json").read_text())
+    assert again | {"command": ""} == summary | {"command": ""}
     assert (tmp_path / "record.png").exists()
     assert not (tmp_path / "summary.json").exists()  # that of the headline
     assert "10.2M tokens" not in capsys.readouterr().out
@@ -262,12 +264,12 @@ def test_a_frontier_without_an_equal_says_so(args, tmp_path):
     assert summary["uplink_ratio_to_loss_at_75_percent"]["method"] == "block16"
 
 
-def test_the_summary_of_the_headline_is_its_own():
+def test_no_record_has_the_summary_of_another_but_by_request():
     results = pathlib.Path(frontier.__file__).parent / "results"
-    headline = frontier.summary_path(results / "frontier_0.3m.jsonl")
-    assert headline == results / "summary.json" and headline.is_file()
-    for record in results.glob("*.jsonl"):
-        assert record.stem == "frontier_0.3m" or frontier.summary_path(record) != headline
+    found = [frontier.summary_path(record) for record in results.glob("*.jsonl")]
+    assert len({*found, results / "summary.json"}) == len(found) + 1
+    command = json.loads((results / "summary.json").read_text())["command"]
+    assert "--summary experiments/results/summary.json" in command
 
 
 def test_two_seeds_are_too_few_for_a_claim(args, tmp_path):

@@ -9,7 +9,8 @@ from registry import COMPRESSORS, SHAPE, STEPS, draws, families, sent, stacked_f
 from test_packing import powers_of_two
 
 import ef21_jax as ef21
-from ef21_jax._messages import Floats, Sparse, Subspace, expand, wire_bits
+from ef21_jax._matrix_messages import Subspace
+from ef21_jax._messages import Floats, Sparse, expand, wire_bits
 from ef21_jax._positions import EliasFano, Indices, Local, Mask, Strata, cheapest
 
 
