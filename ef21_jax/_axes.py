@@ -55,9 +55,18 @@ def together(axis_name: AxisName) -> list[tuple[str, ...]]:
     Over the axes of a mesh one collective sends less than one for each. None takes a vmap axis and
     another one.
     """
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    manual = _of_a_mesh(axis_name)
     groups = itertools.groupby(names(axis_name), lambda name: None if name in manual else name)
     return [tuple(group) for _, group in groups]
+
+
+def is_wired(axis_name: AxisName) -> bool:
+    """Whether any is the axis of a mesh, between whose devices something is sent."""
+    return bool(_of_a_mesh(axis_name))
+
+
+def _of_a_mesh(axis_name):
+    return set(names(axis_name)) & set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:

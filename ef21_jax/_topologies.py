@@ -27,7 +27,7 @@ from ._links import Links
 from ._messages import Floats, Message, Stacked, dense, is_message, wire_bits
 from ._settings import path_name
 from ._state import PerWorker, is_per_worker
-from ._wire import Rows
+from ._wire import Rows, piece_by_piece, pieces
 
 
 class Topology(abc.ABC):
@@ -185,31 +185,59 @@ def average(topology: Topology, messages: Any, links: Links) -> Any:
       ValueError: naming a leaf whose message cannot be dealt out.
     """
     nodes, treedef, dealt = _nodes(topology, messages, jax.eval_shape(_expanded, messages))
-    means, to_gather, to_exchange = [None] * len(nodes), [], []
+    means = [None] * len(nodes)
     for i, node in enumerate(nodes):
-        if is_message(node) and not node.summable:
-            (to_exchange if dealt[i] else to_gather).append(i)
-            continue
-        floats = node.addend() if is_message(node) else node
-        if dealt[i]:
-            rows = _rows(topology, floats)
-            mean = links.scatter(rows.reshape(len(rows), -1)).reshape(rows.shape[1:])
-            node = own(topology, node, _axes.worker_index(links.axis_name))
-        else:
-            mean = links.mean(floats.ravel()).reshape(floats.shape)
-        means[i] = node.with_addend(mean).dense() if is_message(node) else mean
-
-    def gather(leaves):
-        return Rows.of(leaves).carried(links.gather)
-
-    def exchange(leaves):
-        return Rows.of([_rows(topology, x) for x in leaves], lead=1).carried(links.exchange)
-
-    for numbers, send in ((to_gather, gather), (to_exchange, exchange)):
-        for i, received in zip(numbers, _sent(send, [nodes[i] for i in numbers]), strict=True):
-            total = received.total()
-            means[i] = total / jnp.asarray(_axes.worker_count(links.axis_name), total.dtype)
+        if not is_message(node):
+            means[i] = _mean_of_floats(topology, node, dealt[i], links)
+        elif node.summable:
+            mean = _mean_of_floats(topology, node.addend(), dealt[i], links)
+            ours = own(topology, node, _axes.worker_index(links.axis_name)) if dealt[i] else node
+            means[i] = ours.with_addend(mean).dense()
+    for is_dealt in (False, True):
+        numbers = [i for i, mean in enumerate(means) if mean is None and dealt[i] == is_dealt]
+        found = [nodes[i] for i in numbers]
+        if is_dealt:
+            found = jax.tree.map(lambda x: _rows(topology, x), found)
+        for i, mean in zip(numbers, _means(found, is_dealt, links), strict=True):
+            means[i] = mean
     return treedef.unflatten(means)
+
+
+def _mean_of_floats(topology, floats, is_dealt, links):
+    """The mean of all workers' arrays, or of the layers of this owner: added up on their way."""
+    if not is_dealt:
+        return links.mean(floats.ravel()).reshape(floats.shape)
+    rows = _rows(topology, floats)
+    return links.scatter(rows.reshape(len(rows), -1)).reshape(rows.shape[1:])
+
+
+def _means(messages, is_dealt, links):
+    """The mean of all workers' messages, for each of some.
+
+    Args:
+      is_dealt: whether their arrays are rows, one for each owner, and those of this one wanted.
+    """
+    axis, send = (1, links.exchange) if is_dealt else (0, links.gather)
+    workers = _axes.worker_count(links.axis_name)
+
+    def means(leaves, treedef):
+        sent = Rows.of(leaves, lead=axis).carried(send)
+        totals = [message.total() for message in treedef.unflatten(sent)]
+        return [total / jnp.asarray(workers, total.dtype) for total in totals]
+
+    def by_pieces(message):
+        leaves, treedef = jax.tree.flatten([message])
+        return piece_by_piece(lambda leaves: means(leaves, treedef)[0], leaves, axis)
+
+    receives = workers > 1 and _axes.is_wired(links.axis_name)  # lanes have all of it already
+
+    def is_large(message):
+        return (
+            receives and isinstance(message, Stacked) and pieces(jax.tree.leaves(message), axis) > 1
+        )
+
+    together = iter(means(*jax.tree.flatten([m for m in messages if not is_large(m)])))
+    return [by_pieces(m) if is_large(m) else next(together) for m in messages]
 
 
 def broadcast(topology: Topology, messages: Any, like: Any, links: Links) -> Any:

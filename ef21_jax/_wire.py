@@ -1,8 +1,9 @@
-"""Many small arrays of integers, as few long rows of them: what one collective carries.
+"""What one collective carries: not little, and not much more than that.
 
 A collective costs milliseconds however little it carries, and messages are many small arrays. So
 these share one row of bytes. An array that is large goes by itself, since a copy would cost more
-than it saves.
+than it saves; and arrays that are larger still may go in pieces, since whatever is sent, n times as
+much is received, and held.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-_LARGE = 1 << 22  # bytes
+_LARGE = 1 << 22  # bytes, of an array that is not copied into the shared row
+_PIECE = 1 << 20  # bytes, of the smallest piece: it takes longer to send than to begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,37 @@ class Rows:
     @property
     def _num_large(self):
         return sum(map(_large, self.shapes))
+
+
+def pieces(arrays: Sequence[jax.Array], axis: int) -> int:
+    """Into how many pieces, none too small, arrays of one length along `axis` can be cut."""
+    (length,) = {x.shape[axis] for x in arrays}
+    most = sum(x.size * x.dtype.itemsize for x in arrays) // _PIECE
+    return max((n for n in range(1, length + 1) if length % n == 0 and n <= most), default=1)
+
+
+def piece_by_piece(
+    function: Callable[[list[jax.Array]], jax.Array], arrays: Sequence[jax.Array], axis: int
+) -> jax.Array:
+    """`function` of `arrays`, one of their `pieces` after the other.
+
+    What is made on the way takes the memory of one piece.
+
+    Args:
+      function: from pieces to an array whose first axis is what `axis` is of the pieces.
+      arrays: of one length along `axis`.
+      axis: along which they are cut.
+    """
+    count = pieces(arrays, axis)
+    if count == 1:
+        return function(list(arrays))
+    size = arrays[0].shape[axis] // count
+
+    def of_piece(number):
+        return function([lax.dynamic_slice_in_dim(x, number * size, size, axis) for x in arrays])
+
+    made = lax.map(of_piece, jnp.arange(count, dtype=jnp.int32))
+    return made.reshape(count * size, *made.shape[2:])
 
 
 def _large(shape):

@@ -20,22 +20,20 @@ import ef21_jax as ef21  # noqa: E402
 from ef21_jax import _topologies  # noqa: E402
 from ef21_jax._layers import CompressEach  # noqa: E402
 from ef21_jax._links import Links  # noqa: E402
-from ef21_jax._messages import wire_bits  # noqa: E402
 
 
 WORKERS = 8
-LAYER = (96, 128)
-LAYERS = 2  # that an owner has
-ARRAY = 4 * LAYERS * LAYER[0] * LAYER[1]  # bytes of what a message stands for
+LAYER = (768, 3072)
+LAYERS = 3  # that an owner has
 COMPRESSORS = {
     "few": (
         ef21.TopK(0.1),
         ef21.RankK(0.1) >> ef21.Natural(),
         ef21.BlockTopK() >> ef21.BlockNatural(),
+        ef21.Natural(),
     ),
     "more": (
         ef21.Identity(),
-        ef21.Natural(),
         ef21.TopK(0.02),
         ef21.TopK(0.25),
         ef21.RandK(0.25),
@@ -45,7 +43,11 @@ COMPRESSORS = {
         ef21.Dropout(0.5) >> ef21.TopK(0.1),
         ef21.BlockTopK(16, 256),
         ef21.BlockNatural(),
+        ef21.RankK(0.25) >> ef21.BlockNatural(),
+        ef21.TwoLevel(),
         ef21.Quantize(2),
+        ef21.Quantize(4),
+        ef21.Quantize(8),
         ef21.ScaledSign(),
         ef21.MaxRowSumSharp(),
     ),
@@ -53,12 +55,12 @@ COMPRESSORS = {
 
 
 def message_of(compressor, layers):
-    """The shapes of one worker's message for a stack of layers."""
+    """The shapes of what one worker sends for a stack of layers."""
     x = jax.ShapeDtypeStruct((layers, *LAYER), jnp.float32)
+    if compressor == ef21.Identity():
+        return x
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), layers))
-    if compressor != ef21.Identity():
-        compressor = CompressEach(compressor, tuple(range(layers)))
-    return jax.eval_shape(compressor.compress, x, keys)
+    return jax.eval_shape(CompressEach(compressor, tuple(range(layers))).compress, x, keys)
 
 
 def averaging(topology, message, workers):
@@ -82,7 +84,6 @@ def figures(compressor):
     """Of one worker's message, and of the averaging of one and of eight of them."""
     own, whole = (message_of(compressor, layers) for layers in (LAYERS, WORKERS * LAYERS))
     return {
-        "message": wire_bits(own) // 8,
         "alone": averaging(ef21.Gather(), own, 1),
         "gather": averaging(ef21.Gather(), own, WORKERS),
         "sharded": averaging(ef21.Sharded(WORKERS), whole, WORKERS),

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import ef21_jax as ef21
-from ef21_jax import _topologies
+from ef21_jax import _topologies, _wire
 
 
 SLOW = pytest.mark.slow  # a second of a kind that the default run has one of
@@ -209,6 +209,31 @@ def in_harness(harness, topology, names, steps, pair=PAIR):
 )
 def test_devices_agree_with_lanes_for_a_hundred_steps(harness, topology):
     agree(in_harness(harness, topology, FEW, 100), on_lanes(topology, 4, 100))
+
+
+@pytest.mark.parametrize(
+    ("harness", "topology"),
+    [
+        ("devices", ef21.Sharded(4)),
+        ("devices", ef21.Gather()),
+        *(pytest.param(harness, ef21.Sharded(4), marks=SLOW) for harness in HARNESSES),
+    ],
+    ids=str,
+)
+def test_messages_that_go_in_pieces_give_the_same_means(harness, topology, monkeypatch):
+    names = ("hidden", "wide", "table")
+    expected = in_harness(harness, topology, names, 6)
+    made = []
+
+    def one_after_the_other(function, arrays, axis):
+        made.append(_wire.pieces(arrays, axis))
+        return _wire.piece_by_piece(function, arrays, axis)
+
+    monkeypatch.setattr(_wire, "_PIECE", 1)
+    monkeypatch.setattr(_topologies, "piece_by_piece", one_after_the_other)
+    agree(in_harness(harness, topology, names, 6), expected)
+    # Five hidden layers and four wide ones: a piece each. Of four owners each has two, and one.
+    assert made == ([2] if topology.owners == 4 else [5, 4])
 
 
 # Added up as it is, dealt out (gains) and not (odd), and as a message (hidden).

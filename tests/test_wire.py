@@ -101,6 +101,22 @@ def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized
     assert len(found.rows) <= 5
 
 
+@pytest.mark.parametrize("inside", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharded", [False, True], ids=["gather", "sharded"])
+def test_what_goes_in_pieces_is_as_many_bytes(sharded, inside, optimized, monkeypatch):
+    monkeypatch.setattr(_wire, "_PIECE", 1)
+    workers = 4 // inside
+    mesh = mesh_of(("workers", workers), ("inside", inside))
+    tx = muon(ef21.Sharded(workers) if sharded else ef21.Gather())
+    found = ef21.ledger.audit(compiled(tx, mesh, batch=workers), tx, PARAMS, mesh=mesh)
+    expected = ef21.ledger.traffic(tx, PARAMS, workers).sent
+    # A row that two devices do not divide has a byte more, each time that it is sent.
+    spare = sum(row.executions for row in found.rows) if inside > 1 else 0
+    assert expected <= found.sent_per_worker <= expected + spare
+    # Six layers, of which an owner has its share.
+    assert (-(-6 // workers) if sharded else 6) in {row.executions for row in found.rows}
+
+
 @pytest.mark.parametrize(
     ("kind", "topology"),
     [
