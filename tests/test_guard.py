@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import ef21_jax as ef21
+from ef21_jax._messages import is_message
 
 
 WORKERS = 4
@@ -165,3 +166,18 @@ def test_with_a_tenth_of_all_messages_lost_the_optimum_is_the_same():
     np.testing.assert_allclose(faulty, np.mean(centres, axis=0), atol=1e-5)
     np.testing.assert_array_equal(state.rejected, hits.sum(axis=(0, 2)))
     assert ef21.check_invariant(state) < 1e-5
+
+
+@pytest.mark.parametrize("mechanism", [ef21.ef21, ef21.ef14, ef21.no_feedback])
+@pytest.mark.parametrize("compressor", [TOP, ef21.Natural(), ef21.RandK(0.5)], ids=repr)
+def test_what_is_looked_at_bounds_what_will_be_kept(mechanism, compressor):
+    """A state is not made to be looked at: `Repeatable` says what takes its place."""
+    worker = mechanism(compressor).worker
+    state = jax.tree.map(lambda x: x + 3, worker.init(PARAMS))
+    gradients = jax.tree.map(np.ones_like, PARAMS)
+    update = functools.partial(worker.update, gradients, state, key=jax.random.key(0))
+    messages, looked_at = update(provisional=True)
+    _, kept = update(sent=jax.tree.map(ef21.dense, messages, is_leaf=is_message))
+    sizes = [m.bound() for m in jax.tree.leaves(messages, is_leaf=is_message)]
+    most = max(sizes) + max((np.max(np.abs(x)) for x in jax.tree.leaves(looked_at)), default=0)
+    assert all(np.max(np.abs(x)) <= most for x in jax.tree.leaves(kept))

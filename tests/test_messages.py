@@ -10,7 +10,7 @@ from test_packing import powers_of_two
 
 import ef21_jax as ef21
 from ef21_jax._matrix_messages import Subspace
-from ef21_jax._messages import Floats, Sparse, expand, wire_bits
+from ef21_jax._messages import Floats, Sparse, Stacked, expand, wire_bits
 from ef21_jax._positions import EliasFano, Indices, Local, Mask, Strata, cheapest
 
 
@@ -78,6 +78,12 @@ def test_no_entry_exceeds_the_bound(compressor):
     assert np.all(most <= bounds)
     # Rows of factors bound their products, and may not meet; everything else is exact.
     assert np.all(bounds <= 40 * most)
+
+
+def test_the_bound_of_layers_is_that_of_the_largest():
+    sizes = jnp.asarray([1.0, 4.0, 2.0])
+    layers = jax.vmap(lambda size: Floats.of(jnp.full(SHAPE, size)))(sizes)
+    assert Stacked(layers).bound() == 4
 
 
 @pytest.mark.parametrize("compressor", ALL, ids=repr)
