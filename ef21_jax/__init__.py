@@ -104,6 +104,7 @@ from ._quantizers import (
 from ._routing import (
     MUON_RULES as MUON_RULES,
     SCION_RULES as SCION_RULES,
+    ByRole as ByRole,
     Route as Route,
     Routes as Routes,
     Rule as Rule,

@@ -122,8 +122,9 @@ def ef21_muon(
     Args:
       learning_rate: the radius of a layer is learning_rate × its rule's scale, in its norm.
       momentum: the paper's 1 − β: the weight of the old momentum.
-      uplink: compressor of the workers' messages, or a prefix tree of them. A single one is used
-        where the rules say `compress`; vectors go as they are. None: `DEFAULT_UPLINK`.
+      uplink: compressor of the workers' messages, one for each role (`ByRole`), or a prefix tree of
+        them. A single one is used where the rules say `compress`; vectors go as they are. None:
+        `DEFAULT_UPLINK`.
       downlink: likewise of the server's. `Identity()` keeps no residual: then W = X. Where the
         server is sharded and it travels, `BlockNatural()` is a good choice.
       extrapolation: κ of `ef21`: the step is taken from G + κ mean_j R_j. None: 0, as in the paper,

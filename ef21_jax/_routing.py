@@ -216,16 +216,68 @@ def _norm_for(rule, path, leaf):
         raise ValueError(f"{path_name(path)}: {error}") from error
 
 
-def compressors_by(rules: tuple[Rule, ...], compressor: Setting) -> Setting:
-    """A setting: `compressor` where the rules allow it, else Identity. A tree stays as it is."""
-    if not isinstance(compressor, Compressor):
-        return compressor
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class ByRole:
+    """A compressor for each role: `ByRole(hidden=RankK(0.25), embedding=BlockTopK())`.
+
+    An `uplink` or `downlink`, of `ef21_muon` and `routes`. Leaves whose rule does not say
+    `compress` are sent as they are.
+
+    Raises:
+      ValueError: for what is no compressor; where it is used, for a role of no rule that says
+        `compress`, and for a leaf whose role it does not name.
+    """
+
+    compressors: tuple[tuple[str, Compressor], ...]
+
+    def __init__(self, **compressors: Compressor):
+        for role, compressor in compressors.items():
+            if not isinstance(compressor, Compressor):
+                raise ValueError(f"Role {role!r}: expected a Compressor, got {compressor!r}.")
+        object.__setattr__(self, "compressors", tuple(compressors.items()))
+
+    def __repr__(self):
+        return f"ByRole({', '.join(f'{role}={c!r}' for role, c in self.compressors)})"
+
+
+def compressors_by(rules: tuple[Rule, ...], setting: Setting) -> Setting:
+    """A setting: one compressor where the rules allow it, else Identity; or as `ByRole` says.
+
+    A tree, or a function, stays as it is.
+    """
+    if not isinstance(setting, Compressor | ByRole):
+        return setting
 
     def compressors(tree):
-        found = [compressor if rule.compress else Identity() for rule in claim(rules, tree)]
+        claimed = claim(rules, tree)
+        by_role = (
+            dict(_checked(setting, rules, claimed, tree)) if isinstance(setting, ByRole) else {}
+        )
+        found = [
+            by_role.get(rule.role, setting) if rule.compress else Identity() for rule in claimed
+        ]
         return jax.tree.structure(tree).unflatten(found)
 
     return compressors
+
+
+def _checked(setting, rules, claimed, tree):
+    """What a `ByRole` holds, all of which is used, and nothing missing."""
+    roles = dict.fromkeys(rule.role for rule in rules if rule.compress)
+    named = dict(setting.compressors)
+    for role in named:
+        if role not in roles:
+            raise ValueError(
+                f"{setting!r}: no rule that says `compress` has the role {role!r}. The roles are: "
+                f"{', '.join(roles) or '(none)'}."
+            )
+    for rule, (path, _) in zip(claimed, jax.tree.leaves_with_path(tree), strict=True):
+        if rule.compress and rule.role not in named:
+            raise ValueError(
+                f"{path_name(path)}: {setting!r} names no compressor for its role {rule.role!r}. "
+                f"Add one, `{rule.role}=...`; with `Identity()` such leaves are sent as they are."
+            )
+    return setting.compressors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,13 @@ from experiments import table2
 class Recipe:
     """How to train, but for the learning rate and the model."""
 
-    uplink: ef21.Compressor = ef21.Identity()
+    uplink: ef21.Compressor | ef21.ByRole = ef21.Identity()
     downlink: ef21.Compressor = ef21.Identity()
     feedback: Literal["ef21", "ef14", "none"] = "ef21"
     step: Literal["lmo", "adamw"] = "lmo"
     momentum: float = 0.9  # of the workers: the weight of the old gradients
     extrapolation: float = 0.0  # of EF21's estimate, see `ef21.ef21`
+    warm_up: tuple[float, ef21.Compressor] | None = None  # share of the steps, and their uplink
     paper_bytes: bool = False  # counted as in the paper: 16 bits a Natural value
 
     def __post_init__(self):
@@ -33,6 +34,16 @@ class Recipe:
                 f"`extrapolation` is of EF21's estimate: `feedback` must be 'ef21', got "
                 f"{self.feedback!r}."
             )
+        if isinstance(self.uplink, ef21.ByRole) or self.warm_up:
+            if (self.step, self.feedback) != ("lmo", "ef21"):
+                raise ValueError("Uplinks by role, and a warm-up, are of EF21-Muon alone.")
+        if self.warm_up and not 0 < self.warm_up[0] < 1:
+            raise ValueError(f"`warm_up` is a share of the steps in (0, 1), got {self.warm_up[0]}.")
+
+    @property
+    def first(self) -> "Recipe":
+        """How the warm-up is trained; its state is that of what comes after it."""
+        return dataclasses.replace(self, uplink=self.warm_up[1]) if self.warm_up else self
 
     @property
     def base_rate(self) -> float:
@@ -90,6 +101,46 @@ OWN = {
     "rank15_4bit_both_x3": Recipe(RANK15, NATURAL_4BIT, extrapolation=3.0),
     "rank10_4bit_both_x3": Recipe(RANK10, NATURAL_4BIT, extrapolation=3.0),
 }
+# What was tried to find those: how far ahead, how much momentum, more for some layers than for
+# others, more in the beginning than later.
+TRIALS = {
+    **{
+        f"{rank}_4bit_both_x{ahead:g}": Recipe(uplink, NATURAL_4BIT, extrapolation=ahead)
+        for rank, uplink in (("rank25", RANK25), ("rank10", RANK10))
+        for ahead in (0.5, 1.0, 4.0, 5.0)
+    },
+    **{
+        f"{name}_m{round(100 * momentum)}": dataclasses.replace(OWN[name], momentum=momentum)
+        for name in ("rank25_4bit", "rank25_4bit_both_x2")
+        for momentum in (0.7, 0.95)
+    },
+    "uncompressed_m95": Recipe(momentum=0.95),
+    "embedding_4bit_rank15_x3": Recipe(
+        ef21.ByRole(embedding=NATURAL_4BIT, hidden=RANK15), NATURAL_4BIT, extrapolation=3.0
+    ),
+    "embedding_4bit_rank10_x3": Recipe(
+        ef21.ByRole(embedding=NATURAL_4BIT, hidden=RANK10), NATURAL_4BIT, extrapolation=3.0
+    ),
+    "embedding_block4_rank25_x2": Recipe(
+        ef21.ByRole(embedding=BLOCK4, hidden=RANK25), NATURAL_4BIT, extrapolation=2.0
+    ),
+    "embedding_block16_rank25_x2": Recipe(
+        ef21.ByRole(embedding=BLOCK, hidden=RANK25), NATURAL_4BIT, extrapolation=2.0
+    ),
+    "embedding_rank25_block4_x2": Recipe(
+        ef21.ByRole(embedding=RANK25, hidden=BLOCK4), NATURAL_4BIT, extrapolation=2.0
+    ),
+    **{
+        f"rank10_4bit_both_x3_{name}": dataclasses.replace(
+            OWN["rank10_4bit_both_x3"], warm_up=(share, uplink)
+        )
+        for name, share, uplink in (
+            ("dense5", 0.05, ef21.Identity()),
+            ("4bit10", 0.10, NATURAL_4BIT),
+            ("4bit30", 0.30, NATURAL_4BIT),
+        )
+    },
+}
 BASELINES = {
     "adamw": Recipe(feedback="none", step="adamw", momentum=0.0),
     "top15_natural_adamw": Recipe(ef21.TopK(0.15) >> ef21.Natural(), step="adamw", momentum=0.0),
@@ -99,7 +150,7 @@ BASELINES = {
     "block16_ef14": Recipe(BLOCK, feedback="ef14"),
     "rank15_natural_16bit": dataclasses.replace(PAPER["rank15_natural"], paper_bytes=True),
 }
-RECIPES: dict[str, Recipe] = PAPER | OWN | BASELINES
+RECIPES: dict[str, Recipe] = PAPER | OWN | TRIALS | BASELINES
 
 # Multiples of the base rate found by `experiments.sweep`; for all others there is one below.
 _MULTIPLIERS = {"uncompressed": 0.4, "rank15_natural": 0.6, "top15_natural": 0.6}
@@ -125,7 +176,7 @@ def optimizer(
     """The optimizer of a recipe."""
     common = {"axis_name": axis_name, "topology": topology}
     dense = recipe.uplink == recipe.downlink == ef21.Identity() and not recipe.extrapolation
-    if recipe.step == "lmo" and recipe.feedback == "ef21" and dense:
+    if recipe.step == "lmo" and recipe.feedback == "ef21" and dense and not recipe.warm_up:
         return ef21.gluon(learning_rate, momentum=recipe.momentum, rules=rules, **common)
     if recipe.step == "lmo" and recipe.feedback == "ef21":
         return ef21.ef21_muon(

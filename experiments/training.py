@@ -95,11 +95,14 @@ def train(
     Raises:
       ValueError: where the corpus has more tokens than the model, or too few to train on.
     """
-    recipe = recipe_of(settings, name)
-    model, tx = model_of(settings, corpus), optimizer(settings, name)
+    recipe, model = recipe_of(settings, name), model_of(settings, corpus)
+    warm_up = warm_up_steps(settings, recipe)
+    tx = optimizer(settings, name)
+    first = optimizer(settings, name, warm_up=True) if warm_up else tx
     held_out = jnp.asarray(corpus.held_out(settings.eval_sequences, settings.length), jnp.int32)
     params, state = start(settings, model, tx, mesh)
     sent = bytes_a_step(recipe, tx, params)
+    sent_first = bytes_a_step(recipe, first, params) if warm_up else sent
 
     records: list[dict[str, Any]] = []
     if checkpoints is not None:
@@ -108,12 +111,15 @@ def train(
     begin = records[-1]["step"] if records else -settings.eval_every
     seconds = records[-1]["seconds"] if records else 0.0
 
-    # Compiled ahead, so that `seconds` counts training alone.
-    batches = batches_of(settings, corpus, range(settings.eval_every), mesh)
-    advance = steps_in_one_call(settings, model, tx, mesh).lower(params, state, batches).compile()
+    advance = None
     for step in range(begin + settings.eval_every, settings.steps + 1, settings.eval_every):
         train_loss = None
         if step:
+            if advance is None or step == warm_up + settings.eval_every:
+                # Compiled ahead, so that `seconds` counts training alone.
+                batches = batches_of(settings, corpus, range(settings.eval_every), mesh)
+                steps = steps_in_one_call(settings, model, first if step <= warm_up else tx, mesh)
+                advance = steps.lower(params, state, batches).compile()
             began = time.perf_counter()
             batches = batches_of(settings, corpus, range(step - settings.eval_every, step), mesh)
             params, state, train_loss = advance(params, state, batches)
@@ -136,7 +142,8 @@ def train(
                 "loss_train": train_loss,  # mean of the batches since the last evaluation
                 "loss_w": loss_w,  # test loss of the model that the workers hold
                 "loss_x": loss_x,  # test loss of the server's model
-                "bytes_up": step * sent.up,  # of each worker
+                "bytes_up": min(step, warm_up) * sent_first.up  # of each worker
+                + max(step - warm_up, 0) * sent.up,
                 "bytes_down": step * sent.down,
                 # Messages refused for not being finite.
                 "rejected": int(jax.jit(jnp.sum)(state.rejected)),
@@ -174,10 +181,20 @@ def model_of(settings: Settings, corpus: Corpus) -> gpt.GPT:
     return gpt.GPT(config)
 
 
-def optimizer(settings: Settings, name: str) -> ef21.Distributed:
+def warm_up_steps(settings: Settings, recipe: recipes.Recipe) -> int:
+    """The recipe's share of the steps as the nearest number of whole evaluations, at least one."""
+    if recipe.warm_up is None:
+        return 0
+    share, _ = recipe.warm_up
+    return max(1, round(share * settings.steps / settings.eval_every)) * settings.eval_every
+
+
+def optimizer(settings: Settings, name: str, *, warm_up: bool = False) -> ef21.Distributed:
+    """Of the recipe called `name`, or of its warm-up: their states are alike."""
+    recipe = recipe_of(settings, name)
     oracle = ef21.Spectral(ORACLES[settings.oracle])
     return recipes.optimizer(
-        recipe_of(settings, name),
+        recipe.first if warm_up else recipe,
         learning_rate(settings, name),
         topology=topology(settings),
         rules=ef21.with_norm(ef21.SCION_RULES, "hidden", oracle),

@@ -791,6 +791,55 @@ def test_a_recipe_extrapolates(step):
     np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-5)
 
 
+WARMED_UP = [name for name, recipe in recipes.RECIPES.items() if recipe.warm_up]
+
+
+@pytest.mark.parametrize("name", WARMED_UP)
+def test_a_warm_up_has_the_state_of_what_comes_after_it(name):
+    params = gpt.parameter_shapes(gpt.PRESETS["124m"])
+    states = [
+        jax.eval_shape(training.optimizer(training.Settings(), name, warm_up=warm_up).init, params)
+        for warm_up in (True, False)
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    assert jax.tree.leaves(states[0]) == jax.tree.leaves(states[1])
+
+
+def test_a_warm_up_is_of_the_first_steps_and_its_bytes_are_counted(prose, monkeypatch):
+    uplinks = {"before": ef21.Identity(), "after": ef21.TopK(0.1)}
+    both = {name: recipes.Recipe(uplink) for name, uplink in uplinks.items()}
+    both["warm"] = dataclasses.replace(both["after"], warm_up=(0.5, uplinks["before"]))
+    monkeypatch.setattr(recipes, "RECIPES", both)
+    settings = dataclasses.replace(TINY_RUN, steps=8, eval_every=2)
+    found = {name: list(training.train(settings, name, corpora.load(prose))) for name in both}
+    half = [record["loss_w"] for record in found["warm"][:3]]
+    # EF21 of what is sent as it is adds and subtracts an estimate; `gluon` has none.
+    assert half == pytest.approx([record["loss_w"] for record in found["before"][:3]], rel=1e-5)
+    assert abs(found["warm"][-1]["loss_w"] - found["before"][-1]["loss_w"]) > 1e-3
+    up = {name: [record["bytes_up"] for record in found[name]] for name in both}
+    assert up["warm"] == [*up["before"][:3], *(up["before"][2] + x for x in up["after"][1:3])]
+
+
+def test_a_warm_up_takes_at_least_one_evaluation():
+    recipe = recipes.Recipe(ef21.TopK(0.1), warm_up=(0.01, ef21.Identity()))
+    assert training.warm_up_steps(TINY_RUN, recipe) == TINY_RUN.eval_every
+    assert training.warm_up_steps(TINY_RUN, recipes.Recipe()) == 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"warm_up": (1.0, ef21.Identity())}, r"share of the steps in \(0, 1\), got 1.0"),
+        ({"warm_up": (0.1, ef21.Identity()), "step": "adamw"}, "of EF21-Muon alone"),
+        ({"uplink": ef21.ByRole(hidden=ef21.Identity()), "feedback": "ef14"}, "of EF21-Muon alone"),
+    ],
+    ids=["all steps", "another step", "another feedback"],
+)
+def test_recipes_that_cannot_be_trained_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.Recipe(**kwargs)
+
+
 def test_what_has_no_estimate_cannot_be_extrapolated():
     with pytest.raises(ValueError, match="`extrapolation` is of EF21's estimate.*got 'ef14'"):
         recipes.Recipe(feedback="ef14", extrapolation=1.0)

@@ -14,7 +14,7 @@ from flax import nnx
 import ef21_jax as ef21
 
 
-TOP = ef21.TopK(0.1)
+TOP, NATURAL = ef21.TopK(0.1), ef21.Natural()
 
 
 class Linen(nn.Module):
@@ -457,3 +457,44 @@ def test_a_rule_whose_dims_do_not_fit_names_the_leaf():
     ):
         with pytest.raises(ValueError, match=r"^attention/qkv: Rule 'fused': .*3 splits"):
             call()
+
+
+# --- A compressor for each role ---
+
+GPT = {"wte": shapes_of(50, 8), "up": {"kernel": shapes_of(8, 32)}, "gain": shapes_of(8)}
+BY_ROLE = ef21.ByRole(hidden=ef21.RankK(0.25), embedding=ef21.BlockTopK())
+
+
+def test_every_role_gets_its_compressor_and_vectors_go_as_they_are():
+    routes = ef21.routes(GPT, uplink=BY_ROLE, downlink=ef21.ByRole(hidden=NATURAL, embedding=TOP))
+    assert {route.role: (route.uplink, route.downlink) for route in routes} == {
+        "hidden": (ef21.RankK(0.25), NATURAL),
+        "embedding": (ef21.BlockTopK(), TOP),
+        "vector": (ef21.Identity(), ef21.Identity()),
+    }
+
+
+def test_a_step_with_compressors_by_role_is_that_with_a_tree_of_them():
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), GPT)
+    tree = {"wte": ef21.BlockTopK(), "up": ef21.RankK(0.25), "gain": ef21.Identity()}
+    steps = []
+    for uplink in (BY_ROLE, tree):
+        tx = ef21.ef21_muon(0.1, uplink=uplink)
+        gradients = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
+        steps.append(jax.jit(tx.update)(gradients, tx.init(params), params)[0])
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+
+
+@pytest.mark.parametrize(
+    ("uplink", "message"),
+    [
+        ({"hidden": 0.25}, "'hidden': expected a Compressor, got 0.25"),
+        ({"hiden": TOP, "embedding": TOP}, "no rule .*'hiden'.*head, embedding, hidden"),
+        ({"hidden": TOP, "vector": TOP}, "no rule that says `compress` has the role 'vector'"),
+        ({"hidden": TOP}, r"wte: ByRole\(hidden=TopK.*role 'embedding'.*`embedding=...`"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ", ".join(value),
+)
+def test_roles_that_do_not_fit_are_refused_with_the_remedy(uplink, message):
+    with pytest.raises(ValueError, match=message):
+        ef21.routes(GPT, uplink=ef21.ByRole(**uplink))
