@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import tqdm
 import tyro
 
@@ -35,7 +36,7 @@ class Config(training.Settings):
     methods: tuple[training.RecipeName, ...] = ("uncompressed", "rank15_natural", "top15_natural")
     multipliers: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # of the base learning rate
     seeds: tuple[int, ...] = (0,)
-    jobs: int = 1  # runs at a time, each in a process and on a processor core of its own
+    jobs: int = 1  # runs at a time, each in a process and on a GPU, or processor core, of its own
     text: str | None = None  # a file of text or tokens, or a folder; None: the standard library
     checkpoint_every: int | None = None  # steps; a run that is stopped then goes on, not anew
     out: str = "results/sweep.jsonl"  # and a picture beside it
@@ -122,6 +123,8 @@ def run_all(
       SystemExit: on Ctrl-C, as there is nothing to go on with.
     """
     path, runs = pathlib.Path(path), list(runs)
+    if jobs > 1:  # else this process, which trains nothing, would take most of the GPUs' memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     header = records.header(_shared(runs[0]), command, text=corpora.load(runs[0].text).describe())
     with records.only_writer(path):
         header, lines = _resume(path, header)
@@ -184,10 +187,10 @@ def _results(runs, jobs, folder, checkpoint_every) -> Iterator[dict[str, Any]]:
         return
     # JAX does not survive a fork.
     context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), jobs):
-        cores.put(core)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (cores,)) as pool:
+    shares = context.Queue()
+    for share in shares_of(jobs):
+        shares.put(share)
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (shares,)) as pool:
         tasks = [pool.submit(finish, run, folder, checkpoint_every) for run in runs]
         try:
             for task in concurrent.futures.as_completed(tasks):
@@ -197,11 +200,27 @@ def _results(runs, jobs, folder, checkpoint_every) -> Iterator[dict[str, Any]]:
             raise
 
 
-def _begin(cores):
+def shares_of(jobs: int) -> list[tuple[str, int]]:
+    """What each of so many processes has of this machine: ("gpu", its number), or ("core", ...)."""
+    gpus = [device.local_hardware_id for device in jax.local_devices() if device.platform == "gpu"]
+    kind, numbers = ("gpu", gpus) if gpus else ("core", sorted(os.sched_getaffinity(0)))
+    return [(kind, number) for number in itertools.islice(itertools.cycle(numbers), jobs)]
+
+
+def take(share: tuple[str, int]) -> None:
+    """Keeps this process to its share. JAX must not have begun."""
+    kind, number = share
+    if kind == "gpu":
+        for maker in ("cuda", "rocm"):
+            jax.config.update(f"jax_{maker}_visible_devices", str(number))
+    else:  # two runs that share two cores, thread by thread, are slower than two with one each
+        os.sched_setaffinity(0, {number})
+
+
+def _begin(shares):
     """What a process does first."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Two runs that share two cores, thread by thread, are slower than two with one each.
-    os.sched_setaffinity(0, {cores.get()})
+    take(shares.get())
 
 
 def _end_with_parent():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -690,6 +691,26 @@ def prose(tmp_path):
 TINY_RUN = training.Settings(
     model="tiny", steps=6, eval_every=2, workers=2, batch_size=2, length=8, eval_sequences=4
 )
+
+
+def test_processes_share_the_processor_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 3})
+    assert sweep.shares_of(3) == [("core", 3), ("core", 5), ("core", 3)]
+    kept = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(cores))
+    sweep.take(("core", 5))
+    assert kept == [{5}]
+
+
+def test_processes_share_the_gpus_where_there_are_any(monkeypatch):
+    gpus = [types.SimpleNamespace(platform="gpu", local_hardware_id=number) for number in (0, 1)]
+    monkeypatch.setattr(jax, "local_devices", lambda: gpus)
+    assert sweep.shares_of(3) == [("gpu", 0), ("gpu", 1), ("gpu", 0)]
+    before = jax.config.values["jax_cuda_visible_devices"]
+    sweep.take(("gpu", 1))
+    assert jax.config.values["jax_cuda_visible_devices"] == "1"
+    for maker in ("cuda", "rocm"):
+        jax.config.update(f"jax_{maker}_visible_devices", before)
 
 
 @pytest.mark.slow  # two processes that import JAX
