@@ -62,9 +62,9 @@ def test_what_a_worker_proposes_is_not_held_until_it_is_known_to_be_finite(uplin
 @pytest.mark.parametrize(
     "uplink",
     [
-        ef21.BlockTopK() >> ef21.BlockNatural(),
         ef21.RankK(0.1),
-        ef21.Natural(),
+        pytest.param(ef21.BlockTopK() >> ef21.BlockNatural(), marks=pytest.mark.slow),
+        pytest.param(ef21.Natural(), marks=pytest.mark.slow),
         pytest.param(ef21.Quantize(4), marks=pytest.mark.slow),
     ],
     ids=repr,
