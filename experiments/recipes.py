@@ -101,8 +101,8 @@ OWN = {
     "rank15_4bit_both_x3": Recipe(RANK15, NATURAL_4BIT, extrapolation=3.0),
     "rank10_4bit_both_x3": Recipe(RANK10, NATURAL_4BIT, extrapolation=3.0),
 }
-# What was tried to find those: how far ahead, how much momentum, more for some layers than for
-# others, more in the beginning than later.
+# What was tried to find those: how far ahead, how much momentum, to the nearest power of two and
+# not at random, more for some layers than for others, more in the beginning than later.
 TRIALS = {
     **{
         f"{rank}_4bit_both_x{ahead:g}": Recipe(uplink, NATURAL_4BIT, extrapolation=ahead)
@@ -115,6 +115,8 @@ TRIALS = {
         for momentum in (0.7, 0.95)
     },
     "uncompressed_m95": Recipe(momentum=0.95),
+    "rank15_nearest": Recipe(ef21.RankK(0.15) >> ef21.Natural(nearest=True)),
+    "top15_nearest": Recipe(ef21.TopK(0.15) >> ef21.Natural(nearest=True)),
     "embedding_4bit_rank15_x3": Recipe(
         ef21.ByRole(embedding=NATURAL_4BIT, hidden=RANK15), NATURAL_4BIT, extrapolation=3.0
     ),
