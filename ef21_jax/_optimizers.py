@@ -361,7 +361,13 @@ def compressed_sgd(
 
 
 def _descent(learning_rate):
-    return optax.scale_by_learning_rate(learning_rate)
+    def made():  # where it is used: there an injected rate lies as all else does
+        return optax.scale_by_learning_rate(here(learning_rate))
+
+    def update(updates, state, params=None):
+        return made().update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: made().init(params), update)
 
 
 def _euclidean(mechanism, before, step, uplink, downlink, axis_name, seed):

@@ -137,8 +137,26 @@ def muon_and_adam(learning_rate, momentum, weight_decay):
     )
 
 
+def euclidean(learning_rate, momentum, weight_decay):
+    del weight_decay
+    return ef21.ef21_sgdm(learning_rate, momentum=momentum, uplink=BLOCKS)
+
+
+def rate_before_the_compressor(learning_rate, momentum, weight_decay):
+    del momentum, weight_decay
+    return ef21.ef14_sgd(learning_rate, uplink=BLOCKS)
+
+
+def normalized(learning_rate, momentum, weight_decay):
+    del momentum, weight_decay
+    return ef21.normalized_ef21(learning_rate, uplink=BLOCKS)
+
+
+INJECTED = [ours, muon_and_adam, euclidean, rate_before_the_compressor, normalized]
+
+
 @pytest.mark.parametrize("mesh_is_set", [False, True], ids=["types alone", "mesh set"])
-@pytest.mark.parametrize("injected", [ours, muon_and_adam])
+@pytest.mark.parametrize("injected", INJECTED)
 def test_a_single_worker_on_explicit_axes_and_hyperparameters_that_are_injected(
     injected, mesh_is_set
 ):
