@@ -152,8 +152,12 @@ def steps_to(runs, loss):
 
 def bytes_to(runs, loss):
     """What a worker has sent by then, or None."""
-    steps = steps_to(runs, loss)
-    return None if steps is None else steps * runs[0]["bytes_up"] / runs[0]["step"]
+    steps, run = steps_to(runs, loss), runs[0]
+    if steps is None:
+        return None
+    if "bytes_up" not in run["curves"]:  # of an older record, and as many in each step
+        return steps * run["bytes_up"] / run["step"]
+    return run["curves"]["bytes_up"][run["curves"]["step"].index(steps)]
 
 
 def saving(found, method, loss):

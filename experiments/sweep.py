@@ -28,7 +28,7 @@ from experiments.data import corpora
 
 KEYS = ("method", "lr_multiplier", "seed", "steps")  # that tell runs of a record apart
 _AXES = ("methods", "multipliers", "seeds")  # of a grid
-_CURVES = ("step", "loss_w", "loss_x")  # kept of every evaluation, and of the last one all else
+_CURVES = ("step", "loss_w", "loss_x", "bytes_up")  # of every evaluation, of the last one all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,25 @@ def test_thresholds_may_be_given(args, capsys):
     assert rows["rank10"][0] == f"1/{8 * 20 / 30:.1f}"  # 2.2 + 1 − t <= 2.5 at 30 of 40 steps
 
 
+def test_bytes_to_a_loss_are_those_sent_by_then(args, tmp_path, monkeypatch):
+    args, _ = args
+
+    def warmed_up(settings, method, *others, **more):
+        for record in fake_train(settings, method, *others, **more):
+            extra = 1000 * min(record["step"], 10) if method == "block16" else 0
+            yield record | {"bytes_up": record["bytes_up"] + extra}
+
+    monkeypatch.setattr(training, "train", warmed_up)
+    figures.main([*args, "--figures", "1"])
+    _, lines = records.read_lines(tmp_path / "record.jsonl")
+    runs = figures.best_runs(lines, 40)["block16"]
+    assert figures.bytes_to(runs, 2.5) == 10 * 1000 + 25 * 16  # 2.1 + 1 − t <= 2.5, of 40 steps
+    assert figures.bytes_to(runs, 2.0) is None
+    for run in runs:  # a record of before has no curve of bytes
+        del run["curves"]["bytes_up"]
+    assert figures.bytes_to(runs, 2.5) == pytest.approx(25 / 40 * (10 * 1000 + 40 * 16))
+
+
 def test_figures_are_drawn_where_nobody_has_the_loss(args, tmp_path, capsys):
     args, _ = args
     figures.main([*args, "--figures", "1", "2", "6", "--thresholds", "1.5", "1.0"])
