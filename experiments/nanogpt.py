@@ -57,7 +57,8 @@ def main(args=None):
     corpus = corpora.load(config.text)
     if config.audit:
         for method in config.methods:
-            print_audit(config, method, corpus, mesh)
+            for title, warm_up in parts(config, method):
+                print_audit(config, method, corpus, mesh, title, warm_up)
         return
     path = pathlib.Path(config.out, "nanogpt.jsonl")
     command = records.command_line("experiments.nanogpt", args)
@@ -142,18 +143,27 @@ def print_routes(config):
     params = gpt.parameter_shapes(gpt.PRESETS[config.model])
     for method in config.methods:
         recipe = training.recipe_of(config, method)
-        table = ef21.routes(
-            params,
-            uplink=recipe.uplink,
-            downlink=recipe.downlink,
-            topology=training.topology(config),
-        )
-        print(f"{method}\n{table}\n")
+        for title, warm_up in parts(config, method):
+            table = ef21.routes(
+                params,
+                uplink=(recipe.first if warm_up else recipe).uplink,
+                downlink=recipe.downlink,
+                topology=training.topology(config),
+            )
+            print(f"{title}\n{table}\n")
 
 
-def print_audit(config, method, corpus, mesh):
+def parts(config, method):
+    """What to call the parts of a run, and whether it is the warm-up, which few recipes have."""
+    steps = training.warm_up_steps(config, training.recipe_of(config, method))
+    warm_up = [(f"{method}, the first {steps} steps", True)] if steps else []
+    return [*warm_up, (method, False)]
+
+
+def print_audit(config, method, corpus, mesh, title, warm_up):
     """What a compiled program sends in `eval_every` steps; an error where that is too much."""
-    model, tx = training.model_of(config, corpus), training.optimizer(config, method)
+    model = training.model_of(config, corpus)
+    tx = training.optimizer(config, method, warm_up=warm_up)
     params, state = training.start(config, model, tx, mesh)
     batches = training.batches_of(config, corpus, range(config.eval_every), mesh)
     advance = training.steps_in_one_call(config, model, tx, mesh)
@@ -161,8 +171,8 @@ def print_audit(config, method, corpus, mesh):
     found = ef21.ledger.audit(compiled, tx, params, mesh=mesh, steps=config.eval_every)
     if cluster.is_first():
         book = ef21.ledger.traffic(tx, params, config.workers)
-        print(f"{method}: one call, of {config.eval_every} steps\n{found}\n")
-        print(f"{method}: one step, by the ledger\n{book}\n")
+        print(f"{title}: one call, of {config.eval_every} steps\n{found}\n")
+        print(f"{title}: one step, by the ledger\n{book}\n")
 
 
 if __name__ == "__main__":

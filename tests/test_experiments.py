@@ -440,6 +440,24 @@ def test_routes_lists_every_parameter_and_stops(tmp_path, capsys):
     assert not out.exists()
 
 
+def test_routes_list_a_warm_up_too(capsys):
+    nanogpt.main(["--routes", "--preset", "tiny", "--methods", "rank10_4bit_both_x3_dense5"])
+    warm_up, after = capsys.readouterr().out.strip().split("\n\n")
+    assert warm_up.startswith("rank10_4bit_both_x3_dense5, the first 5 steps\n")
+    assert after.startswith("rank10_4bit_both_x3_dense5\n")
+    assert "RankK" in after and "RankK" not in warm_up
+
+
+@pytest.mark.slow
+def test_an_audit_has_a_warm_up_too(four, capsys):
+    args, _ = four
+    args = [*args, "--steps", "4", "--methods", "rank10_4bit_both_x3_4bit30"]
+    nanogpt.main([*args, "--audit"])
+    printed = capsys.readouterr().out
+    for title in ("4bit30, the first 2 steps: one call", "4bit30: one call"):
+        assert title in printed
+
+
 def fake_train(config, method, corpus, mesh=None, checkpoints=None):
     """What `training.train` yields, with losses that are best at half of the base rate."""
     del corpus, mesh, checkpoints
