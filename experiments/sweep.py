@@ -126,6 +126,7 @@ def run_all(
     if jobs > 1:  # else this process, which trains nothing, would take most of the GPUs' memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     header = records.header(_shared(runs[0]), command, text=corpora.load(runs[0].text).describe())
+    commit = {"commit": header["commit"]}  # the record may have begun with another
     with records.only_writer(path):
         header, lines = _resume(path, header)
         for run in runs:
@@ -140,7 +141,7 @@ def run_all(
         try:
             with tqdm.tqdm(total=len(missing), unit="run", disable=None) as bar:
                 for line in _results(missing, jobs, folder, checkpoint_every):
-                    lines.append(line)
+                    lines.append(line | commit)
                     records.write_lines(path, [header, *lines])
                     if folder is not None:  # not before the line is safe
                         checkpoints.remove(_place(folder, _key(line)))

@@ -311,3 +311,13 @@ def test_a_record_can_hold_more_than_is_drawn(args, tmp_path):
     figures.main([*args, "--figures", "2"])
     _, lines = records.read_lines(tmp_path / "record.jsonl")
     assert len(lines) == 2 * len(NAMES) * 2
+
+
+def test_a_line_says_which_commit_made_it(args, tmp_path, monkeypatch):
+    args, _ = args
+    for commit, seeds in (("before", ["0"]), ("after", ["0", "1"])):
+        monkeypatch.setattr(records, "_git_commit", lambda commit=commit: commit)
+        figures.main([*args, "--figures", "2", "--seeds", *seeds])
+    header, lines = records.read_lines(tmp_path / "record.jsonl")
+    assert header["commit"] == "before"
+    assert {(line["seed"], line["commit"]) for line in lines} == {(0, "before"), (1, "after")}
