@@ -16,7 +16,7 @@ from jax import lax
 
 
 _LARGE = 1 << 22  # bytes, of an array that is not copied into the shared row
-_PIECE = 1 << 20  # bytes, of the smallest piece: it takes longer to send than to begin with
+_PIECE = 1 << 20  # bytes, of a piece, about: it takes longer to send than to begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,19 @@ class Rows:
 
 
 def pieces(arrays: Sequence[jax.Array], axis: int) -> int:
-    """Into how many pieces, none too small, arrays of one length along `axis` can be cut."""
+    """Into how many equal pieces arrays of one length along `axis` are cut.
+
+    As near to the size of a piece as can be, by a factor: a prime number of layers can be cut into
+    single ones alone, and is, where these are not much smaller.
+    """
     (length,) = {x.shape[axis] for x in arrays}
-    most = sum(x.size * x.dtype.itemsize for x in arrays) // _PIECE
-    return max((n for n in range(1, length + 1) if length % n == 0 and n <= most), default=1)
+    wanted = sum(x.size * x.dtype.itemsize for x in arrays) / _PIECE
+    if wanted < 2:
+        return 1
+    return min(
+        (n for n in range(1, length + 1) if length % n == 0),
+        key=lambda n: max(n / wanted, wanted / n),
+    )
 
 
 def piece_by_piece(

@@ -230,7 +230,7 @@ def test_messages_that_go_in_pieces_give_the_same_means(harness, topology, monke
         return _wire.piece_by_piece(function, arrays, axis)
 
     # One of an owner's two hidden layers; or of all five, and two of four wide ones.
-    monkeypatch.setattr(_wire, "_PIECE", 40)
+    monkeypatch.setattr(_wire, "_PIECE", 60)
     monkeypatch.setattr(_topologies, "piece_by_piece", one_after_the_other)
     agree(in_harness(harness, topology, names, 6), expected)
     assert made == ([2] if topology.owners == 4 else [5, 2])

@@ -101,6 +101,25 @@ def test_what_is_padded_cut_or_left_with_everyone_is_counted(topology, optimized
     assert len(found.rows) <= 5
 
 
+@pytest.mark.parametrize(
+    ("layers", "each", "expected"),  # `each`: the bytes of a layer over those of a piece
+    [
+        (12, 0.25, 3),
+        (12, 4, 12),
+        (47, 0.95, 47),  # the only pieces of a prime number
+        (5, 0.6, 5),
+        (47, 0.05, 1),  # single layers are too small for that
+        (5, 0.2, 1),
+        (1, 50, 1),
+        (4, 0, 1),
+    ],
+)
+def test_pieces_are_as_near_to_their_size_as_the_number_of_layers_allows(layers, each, expected):
+    size = round(each * _wire._PIECE)
+    codes, top = np.empty((2, layers, size), np.uint8), np.empty((2, layers), np.uint16)
+    assert _wire.pieces([codes[0], top[0]], 0) == _wire.pieces([codes[:1], top[:1]], 1) == expected
+
+
 @pytest.mark.parametrize("inside", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharded", [False, True], ids=["gather", "sharded"])
 def test_what_goes_in_pieces_is_as_many_bytes(sharded, inside, optimized, monkeypatch):
