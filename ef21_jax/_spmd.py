@@ -1,5 +1,6 @@
 """A step written for one worker, mapped over lanes of a device, over devices, or both."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -40,7 +41,8 @@ def spmd(
       A function to be jitted by the caller, who may donate the carry.
 
     Raises:
-      ValueError: for axis names that fit neither case, or a number of workers that does not.
+      ValueError: for axis names that fit neither case; when called, for a number of workers that
+        does not fit, or a state for another one.
     """
     names = _axes.names(axis_name)
     on_mesh = tuple(name for name in names if mesh is not None and name in mesh.axis_names)
@@ -61,7 +63,10 @@ def spmd(
 
     def mapped(*args):
         *carry, batch = args
-        _check_workers(batch, mesh, on_mesh + inside, lanes)
+        rows = _check_workers(batch, mesh, on_mesh + inside, lanes)
+        if rows is not None:
+            each = 1 if mesh is None else math.prod(mesh.shape[name] for name in inside)
+            _check_state(carry, rows // each)
         axes = (*(state_axes(part) for part in carry), 0)
         if lanes:
             inner = jax.vmap(step, in_axes=axes, out_axes=axes, axis_name=lanes[0])
@@ -99,15 +104,18 @@ def _alone_on_its_device(step):
 
 
 def _check_workers(batch, mesh, on_mesh, lanes):
+    """How many rows the batch has. None if it has no leaves."""
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(counts) > 1 or () in counts:
         raise ValueError(
             "Every leaf of the batch must have the same leading axis of workers, got "
             f"{sorted(counts)}."
         )
-    if mesh is None or not counts:
-        return
+    if not counts:
+        return None
     (workers,), devices = counts.pop(), 1
+    if mesh is None:
+        return workers
     for name in on_mesh:
         devices *= mesh.shape[name]
     if workers % devices or (not lanes and workers != devices):
@@ -119,4 +127,17 @@ def _check_workers(batch, mesh, on_mesh, lanes):
                 else "name one more axis for lanes, axis_name=(..., 'lanes'), in `distribute` "
                 "and in `spmd`, to run several on each."
             )
+        )
+    return workers
+
+
+def _check_state(carry, workers):
+    """Raises a ValueError for a state of another number of workers than the batch."""
+    counts = set()
+    map_per_worker(lambda x: counts.add(jnp.shape(x)[:1]), carry)
+    if counts - {(workers,)}:
+        raise ValueError(
+            f"The batch is for {workers} workers, and what the optimizer's state has of each "
+            f"worker has leading axes {sorted(counts)}: `replicate(tx.init(params), {workers})` "
+            "makes a state for so many."
         )

@@ -296,6 +296,23 @@ def test_a_number_of_workers_that_does_not_fit_is_refused_with_the_remedy():
         jax.eval_shape(step, PARAMS, state, (BATCH[0], BATCH[1][:3]))
 
 
+@pytest.mark.parametrize("kind", ["devices", "lanes", "several devices a worker"])
+@pytest.mark.parametrize("workers", [8, 1, None])
+def test_a_state_of_another_number_of_workers_is_refused_and_no_part_of_it_lost(workers, kind):
+    tx, setting = optimizer(ef21.Identity(), "workers"), {}
+    batch = jax.tree.map(lambda x: x[:4], BATCH)
+    if kind == "devices":  # each would take the first of its two
+        setting = dict(mesh=mesh_of(4))
+    elif kind != "lanes":
+        mesh = jax.make_mesh((2, 2), ("workers", "inside"), axis_types=(AxisType.Auto,) * 2)
+        setting = dict(mesh=mesh, mean_axis_name="inside")
+    step = ef21.spmd(one_worker(tx), **setting)
+    state = tx.init(PARAMS) if workers is None else ef21.replicate(tx.init(PARAMS), workers)
+    right = 2 if "several" in kind else 4
+    with pytest.raises(ValueError, match=f"for {right} workers.*`replicate.*{right}.` makes"):
+        jax.eval_shape(step, PARAMS, state, batch)
+
+
 def test_an_axis_that_is_not_bound_is_an_error_that_says_what_to_do():
     tx = optimizer(ef21.Identity(), "workers")
     with pytest.raises(ValueError, match="axis 'workers' is not bound.*spmd"):
