@@ -134,10 +134,12 @@ def distribute(
       seed: of all randomness.
 
     Raises:
-      ValueError: for a sharded server of a single worker; when traced where an axis is not bound,
-        with gradients that were summed over it already, or for another number of workers than
-        that of the topology.
+      ValueError: for what is no topology, or a sharded server of a single worker; when traced
+        where an axis is not bound, with gradients that were summed over it already, or for another
+        number of workers than that of the topology.
     """
+    if not isinstance(topology, Topology):
+        raise ValueError(f"`topology` must be Gather() or Sharded(n), got {topology!r}.")
     if topology.owners > 1 and axis_name is None:
         raise ValueError(f"{topology} needs workers: name their axis, `axis_name=...`.")
     worker = optax.with_extra_args_support(worker)

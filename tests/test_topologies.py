@@ -398,6 +398,7 @@ def test_a_message_that_is_not_finite_is_refused_by_every_owner():
     ("make", "message"),
     [
         (lambda: ef21.Sharded(0), "`num_workers` must be at least 1, got 0"),
+        (lambda: muon("sharded"), "must be Gather.. or Sharded.n., got 'sharded'"),
         (lambda: muon(ef21.Sharded(2), axis_name=None), "Sharded.*needs workers"),
         (
             lambda: ef21.replicate(muon(ef21.Sharded(4)).init(tree()), 8),
