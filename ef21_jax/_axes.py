@@ -5,8 +5,11 @@ is what lets us tell local gradients from already summed ones, and what an all-g
 right. Under vmap, pmap and `check_vma=False` there are no such types, and nothing to keep.
 """
 
+import contextlib
+import contextvars
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,6 +40,30 @@ def check_bound(axis_name: AxisName) -> None:
                 f"ef21_jax.spmd(step, axis_name={axis_name!r}), or by a vmap, pmap or shard_map "
                 "of that axis name; or pass axis_name=None to train with a single worker."
             ) from error
+
+
+@contextlib.contextmanager
+def mapped_inside(axis_name: AxisName) -> Iterator[None]:
+    """While a step is traced: each device along `axis_name` has a batch of its worker's."""
+    token = _inside.set(names(axis_name))
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def check_inside(mean_axis_name: AxisName) -> None:
+    """Raises a `ValueError` where `mapped_inside` names axes that `mean_axis_name` does not."""
+    missing = [name for name in _inside.get() if name not in names(mean_axis_name)]
+    if missing:
+        raise ValueError(
+            f"The step is mapped over the devices of a worker, `mean_axis_name={missing}`, and the "
+            "optimizer does not know of it: each would train on a batch of its own, and they would "
+            "drift apart. Pass the same `mean_axis_name` to the optimizer, which averages."
+        )
+
+
+_inside: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("inside", default=())
 
 
 def worker_count(axis_name: AxisName) -> int:

@@ -151,6 +151,7 @@ def distribute(
         for axis in (axis_name, mean_axis_name):
             _axes.check_bound(axis)
             _axes.check_local(updates, axis)
+        _axes.check_inside(mean_axis_name)
         topology.check(axis_name)
 
     def init(params):

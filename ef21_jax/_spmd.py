@@ -71,7 +71,7 @@ def spmd(
         if lanes:
             inner = jax.vmap(step, in_axes=axes, out_axes=axes, axis_name=lanes[0])
         else:
-            inner = _alone_on_its_device(step)
+            inner = _alone_on_its_device(step, inside)
         if mesh is None:
             return inner(*args)
         parts = (state_axes(part, P(on_mesh), P()) for part in carry)
@@ -90,13 +90,14 @@ def spmd(
     return mapped
 
 
-def _alone_on_its_device(step):
+def _alone_on_its_device(step, inside):
     """Takes the axis of workers, of length one, off the arguments, and puts it on the results."""
 
     def wrapped(*args):
         *carry, batch = args
         carry = [map_per_worker(lambda x: x[0], part) for part in carry]
-        *carry, aux = step(*carry, jax.tree.map(lambda x: x[0], batch))
+        with _axes.mapped_inside(inside):
+            *carry, aux = step(*carry, jax.tree.map(lambda x: x[0], batch))
         carry = [map_per_worker(lambda x: x[None], part) for part in carry]
         return (*carry, jax.tree.map(lambda x: jnp.asarray(x)[None], aux))
 

@@ -42,8 +42,14 @@ class Recipe:
 
     @property
     def first(self) -> "Recipe":
-        """How the warm-up is trained; its state is that of what comes after it."""
-        return dataclasses.replace(self, uplink=self.warm_up[1]) if self.warm_up else self
+        """How the warm-up is trained; its state is that of what comes after it.
+
+        Where there is extrapolation it is Nesterov's then, as all that is late is momentum.
+        """
+        if self.warm_up is None:
+            return self
+        ahead = min(self.extrapolation, self.momentum)
+        return dataclasses.replace(self, uplink=self.warm_up[1], extrapolation=ahead)
 
     @property
     def base_rate(self) -> float:
@@ -137,7 +143,7 @@ TRIALS = {
             OWN["rank10_4bit_both_x3"], warm_up=(share, uplink)
         )
         for name, share, uplink in (
-            ("dense5", 0.05, ef21.Identity()),
+            ("dense10", 0.10, ef21.Identity()),
             ("4bit10", 0.10, NATURAL_4BIT),
             ("4bit30", 0.30, NATURAL_4BIT),
         )

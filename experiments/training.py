@@ -135,6 +135,9 @@ def train(
                 "method": name,
                 "uplink": repr(recipe.uplink),
                 "downlink": repr(recipe.downlink),
+                "momentum": recipe.momentum,
+                "extrapolation": recipe.extrapolation,
+                "warm_up": warm_up,  # steps
                 "learning_rate": peak_learning_rate(settings, name),
                 "seed": settings.seed,
                 "step": step,
@@ -186,7 +189,13 @@ def warm_up_steps(settings: Settings, recipe: recipes.Recipe) -> int:
     if recipe.warm_up is None:
         return 0
     share, _ = recipe.warm_up
-    return max(1, round(share * settings.steps / settings.eval_every)) * settings.eval_every
+    steps = max(1, round(share * settings.steps / settings.eval_every)) * settings.eval_every
+    if steps >= settings.steps:
+        raise ValueError(
+            f"A warm-up takes whole evaluations, at least one, and so all {settings.steps} steps: "
+            f"pass a smaller `eval_every` than {settings.eval_every}."
+        )
+    return steps
 
 
 def optimizer(settings: Settings, name: str, *, warm_up: bool = False) -> ef21.Distributed:

@@ -441,10 +441,10 @@ def test_routes_lists_every_parameter_and_stops(tmp_path, capsys):
 
 
 def test_routes_list_a_warm_up_too(capsys):
-    nanogpt.main(["--routes", "--preset", "tiny", "--methods", "rank10_4bit_both_x3_dense5"])
+    nanogpt.main(["--routes", "--preset", "tiny", "--methods", "rank10_4bit_both_x3_dense10"])
     warm_up, after = capsys.readouterr().out.strip().split("\n\n")
-    assert warm_up.startswith("rank10_4bit_both_x3_dense5, the first 5 steps\n")
-    assert after.startswith("rank10_4bit_both_x3_dense5\n")
+    assert warm_up.startswith("rank10_4bit_both_x3_dense10, the first 5 steps\n")
+    assert after.startswith("rank10_4bit_both_x3_dense10\n")
     assert "RankK" in after and "RankK" not in warm_up
 
 
@@ -859,10 +859,18 @@ def test_a_warm_up_is_of_the_first_steps_and_its_bytes_are_counted(prose, monkey
     assert up["warm"] == [*up["before"][:3], *(up["before"][2] + x for x in up["after"][1:3])]
 
 
-def test_a_warm_up_takes_at_least_one_evaluation():
+def test_a_warm_up_takes_at_least_one_evaluation_and_not_all():
     recipe = recipes.Recipe(ef21.TopK(0.1), warm_up=(0.01, ef21.Identity()))
     assert training.warm_up_steps(TINY_RUN, recipe) == TINY_RUN.eval_every
     assert training.warm_up_steps(TINY_RUN, recipes.Recipe()) == 0
+    with pytest.raises(ValueError, match="all 6 steps: pass a smaller `eval_every` than 6"):
+        training.warm_up_steps(dataclasses.replace(TINY_RUN, eval_every=6), recipe)
+
+
+def test_a_warm_up_is_no_farther_ahead_than_momentum_is_late():
+    recipe = recipes.Recipe(ef21.TopK(0.1), extrapolation=3.0, warm_up=(0.1, ef21.Identity()))
+    assert (recipe.first.uplink, recipe.first.extrapolation) == (ef21.Identity(), 0.9)
+    assert dataclasses.replace(recipe, extrapolation=0.0).first.extrapolation == 0
 
 
 @pytest.mark.parametrize(

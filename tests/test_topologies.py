@@ -427,6 +427,14 @@ def test_a_message_that_is_not_finite_is_refused_by_every_owner():
             "must name other axes of the mesh",
         ),
         (
+            lambda: ef21.spmd(
+                one_worker(muon(ef21.Gather())),
+                mean_axis_name="inside",
+                mesh=mesh_of(("workers", 2), ("inside", 2)),
+            )(tree(FEW), ef21.replicate(muon(ef21.Gather()).init(tree(FEW)), 2), batches(4)),
+            "the optimizer does not know.*Pass the same `mean_axis_name` to the optimizer",
+        ),
+        (
             lambda: ef21.ledger.traffic(muon(ef21.Sharded(4)), tree(), 2),
             "a number that fits Sharded.*got 2",
         ),
