@@ -33,6 +33,7 @@ class Config(sweep.Config):
         name for name in recipes.RECIPES if name not in ("rank15_natural_16bit",)
     )
     multipliers: tuple[float, ...] = (0.6, 0.4)  # of the base learning rate, for candidates
+    baseline_multipliers: tuple[float, ...] = ()  # more rates for the first finalist, on all tokens
     seeds: tuple[int, ...] = (0, 1, 2)  # of the finalists; candidates have the first
     out: str = "results/frontier.jsonl"  # and a picture beside it
     summary: str | None = None  # what it comes to, in JSON; None: by the name of `out`, beside it
@@ -72,12 +73,12 @@ def screening(config: Config) -> list[sweep.Run]:
 def finals(config: Config, lines: list[dict[str, Any]]) -> list[sweep.Run]:
     """The finalists with the rates that were best for them, on all tokens."""
     screened = figures.best_runs(lines, quarter(config))
+    rates = {method: [screened[method][0]["lr_multiplier"]] for method in config.methods}
+    rates[config.methods[0]] += config.baseline_multipliers
     return [
         run
-        for method in config.methods
-        for run in sweep.grid(
-            config, methods=[method], multipliers=[screened[method][0]["lr_multiplier"]]
-        )
+        for method, multipliers in rates.items()
+        for run in sweep.grid(config, methods=[method], multipliers=multipliers)
     ]
 
 
@@ -151,7 +152,7 @@ def headlines(config: Config, lines: list[dict[str, Any]], command: str) -> dict
         "uplink_ratio_to_loss_at_75_percent": claim(
             lambda runs: base[0]["bytes_up"] * 0.75 / figures.bytes_to(runs, at_75), reaches
         )
-        | {"loss": at_75},
+        | {"loss_to_reach": at_75},
     }
 
 

@@ -193,10 +193,11 @@ def test_the_budgets_of_the_records_are_the_preset_s():
 
 def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     args, trained = args
-    args = [*args, "--eval-every", "2", "--candidates", *NAMES]
+    args = [*args, "--eval-every", "2", "--candidates", *NAMES, "--baseline-multipliers", "0.3"]
     frontier.main(args)
     screened = {(method, rate, 0, 10) for method in NAMES for rate in (1.0, 0.5)}
     finals = {(method, 0.5, seed, 40) for method in NAMES for seed in (0, 1, 2)}
+    finals |= {(NAMES[0], 0.3, seed, 40) for seed in (0, 1, 2)}
     assert len(trained) == len(set(trained)) and set(trained) == screened | finals
     frontier.main([*args, "--summary", str(tmp_path / "elsewhere.json")])
     assert len(trained) == len(screened | finals)
@@ -213,7 +214,7 @@ def test_the_frontier_claims_what_its_runs_show(args, tmp_path, capsys):
     assert both["value"] == pytest.approx(2000 / 300)
     # The loss of the baseline after 30 of 40 steps is 2.25: block16 has it after 34.
     reached = summary["uplink_ratio_to_loss_at_75_percent"]
-    assert reached["loss"] == pytest.approx(2.25)
+    assert reached["loss_to_reach"] == pytest.approx(2.25)
     assert (reached["method"], reached["value"]) == ("block16", pytest.approx(30 / 34 / 0.016))
     assert summary["command"].startswith("python -m experiments.frontier")
     again = json.loads((tmp_path / "elsewhere.json").read_text())
