@@ -121,6 +121,8 @@ TRIALS = {
         for momentum in (0.7, 0.95)
     },
     "uncompressed_m95": Recipe(momentum=0.95),
+    # With the very sketches that rank15_natural draws, and nothing rounded.
+    "rank15_same_draws": Recipe(ef21.RankK(0.15) >> ef21.Identity()),
     "rank15_nearest": Recipe(ef21.RankK(0.15) >> ef21.Natural(nearest=True)),
     "top15_nearest": Recipe(ef21.TopK(0.15) >> ef21.Natural(nearest=True)),
     "embedding_4bit_rank15_x3": Recipe(
