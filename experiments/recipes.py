@@ -123,6 +123,13 @@ TRIALS = {
     "uncompressed_m95": Recipe(momentum=0.95),
     # With the very sketches that rank15_natural draws, and nothing rounded.
     "rank15_same_draws": Recipe(ef21.RankK(0.15) >> ef21.Identity()),
+    "rank15_uniform8": Recipe(ef21.RankK(0.15) >> ef21.Quantize(8)),  # the bytes of rank15_natural
+    **{  # levels at equal distances for the factors, where the default has powers of two
+        f"rank{round(100 * share)}_uniform{bits}_x{ahead:g}": Recipe(
+            ef21.RankK(share) >> ef21.Quantize(bits, nearest=True), extrapolation=ahead
+        )
+        for share, bits, ahead in ((0.25, 4, 2.0), (0.25, 3, 2.0), (0.33, 3, 2.0), (0.15, 4, 3.0))
+    },
     "rank15_nearest": Recipe(ef21.RankK(0.15) >> ef21.Natural(nearest=True)),
     "top15_nearest": Recipe(ef21.TopK(0.15) >> ef21.Natural(nearest=True)),
     "embedding_4bit_rank15_x3": Recipe(
