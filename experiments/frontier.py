@@ -202,7 +202,10 @@ def picture(config, lines):
 
 
 def _frontier(axis, found, both):
-    """Draws it, and returns what is to be named: x, y, name and color of each point."""
+    """Draws it, and returns what is to be named: x, y, name and color of each point.
+
+    Trials are dots without a circle or a name, unless nothing is ahead of them.
+    """
     points = sorted((sent(runs, both) / 1e6, mean_loss(runs), name) for name, runs in found.items())
     best, named, least = [], [], math.inf
     for x, y, name in points:
@@ -214,6 +217,8 @@ def _frontier(axis, found, both):
         color = "#000000" if baseline else "#D55E00" if name in recipes.PAPER else "#0072B2"
         own = [run["loss_x"] for run in found[name]]
         axis.plot([x] * len(own), own, ".", color=color, alpha=0.5, markersize=4)
+        if name in recipes.TRIALS and not ahead:
+            continue  # variations of others, too many and too near to them to be named
         axis.plot(x, y, "o", color=color, fillstyle="full" if ahead else "none", markersize=5)
         named.append((x, y, name, color))
     axis.plot(*zip(*best, strict=True), color="0.6", linewidth=0.8, zorder=0)
