@@ -42,6 +42,9 @@ def check_bound(axis_name: AxisName) -> None:
             ) from error
 
 
+_inside: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("inside", default=())
+
+
 @contextlib.contextmanager
 def mapped_inside(axis_name: AxisName) -> Iterator[None]:
     """While a step is traced: each device along `axis_name` has a batch of its worker's."""
@@ -61,9 +64,6 @@ def check_inside(mean_axis_name: AxisName) -> None:
             "optimizer does not know of it: each would train on a batch of its own, and they would "
             "drift apart. Pass the same `mean_axis_name` to the optimizer, which averages."
         )
-
-
-_inside: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("inside", default=())
 
 
 def worker_count(axis_name: AxisName) -> int:

@@ -250,34 +250,33 @@ def compressors_by(rules: tuple[Rule, ...], setting: Setting) -> Setting:
 
     def compressors(tree):
         claimed = claim(rules, tree)
-        by_role = (
-            dict(_checked(setting, rules, claimed, tree)) if isinstance(setting, ByRole) else {}
-        )
-        found = [
-            by_role.get(rule.role, setting) if rule.compress else Identity() for rule in claimed
-        ]
+        if isinstance(setting, ByRole):
+            of_role = _of_roles(setting, rules, claimed, tree)
+        else:
+            of_role = {rule.role: setting for rule in rules}
+        found = [of_role[rule.role] if rule.compress else Identity() for rule in claimed]
         return jax.tree.structure(tree).unflatten(found)
 
     return compressors
 
 
-def _checked(setting, rules, claimed, tree):
+def _of_roles(setting, rules, claimed, tree):
     """What a `ByRole` holds, all of which is used, and nothing missing."""
     roles = dict.fromkeys(rule.role for rule in rules if rule.compress)
-    named = dict(setting.compressors)
-    for role in named:
+    of_role = dict(setting.compressors)
+    for role in of_role:
         if role not in roles:
             raise ValueError(
                 f"{setting!r}: no rule that says `compress` has the role {role!r}. The roles are: "
                 f"{', '.join(roles) or '(none)'}."
             )
     for rule, (path, _) in zip(claimed, jax.tree.leaves_with_path(tree), strict=True):
-        if rule.compress and rule.role not in named:
+        if rule.compress and rule.role not in of_role:
             raise ValueError(
                 f"{path_name(path)}: {setting!r} names no compressor for its role {rule.role!r}. "
                 f"Add one, `{rule.role}=...`; with `Identity()` such leaves are sent as they are."
             )
-    return setting.compressors
+    return of_role
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,24 +220,28 @@ def _means(messages, is_dealt, links):
     axis, send = (1, links.exchange) if is_dealt else (0, links.gather)
     workers = _axes.worker_count(links.axis_name)
 
-    def means(leaves, treedef):
+    receives = workers > 1 and _axes.is_wired(links.axis_name)  # lanes have all of it already
+
+    def is_large(message):
+        of_layers = receives and isinstance(message, Stacked)
+        return of_layers and pieces(jax.tree.leaves(message), axis) > 1
+
+    def averaged(leaves, treedef):
         sent = Rows.of(leaves, lead=axis).carried(send)
         totals = [message.total() for message in treedef.unflatten(sent)]
         return [total / jnp.asarray(workers, total.dtype) for total in totals]
 
     def by_pieces(message):
         leaves, treedef = jax.tree.flatten([message])
-        return piece_by_piece(lambda leaves: means(leaves, treedef)[0], leaves, axis)
+        return piece_by_piece(lambda leaves: averaged(leaves, treedef)[0], leaves, axis)
 
-    receives = workers > 1 and _axes.is_wired(links.axis_name)  # lanes have all of it already
-
-    def is_large(message):
-        return (
-            receives and isinstance(message, Stacked) and pieces(jax.tree.leaves(message), axis) > 1
-        )
-
-    together = iter(means(*jax.tree.flatten([m for m in messages if not is_large(m)])))
-    return [by_pieces(m) if is_large(m) else next(together) for m in messages]
+    large = [is_large(message) for message in messages]
+    small = [message for message, alone in zip(messages, large, strict=True) if not alone]
+    together = iter(averaged(*jax.tree.flatten(small)))
+    return [
+        by_pieces(message) if alone else next(together)
+        for message, alone in zip(messages, large, strict=True)
+    ]
 
 
 def broadcast(topology: Topology, messages: Any, like: Any, links: Links) -> Any:

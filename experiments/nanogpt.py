@@ -146,7 +146,7 @@ def print_routes(config):
         for title, warm_up in parts(config, method):
             table = ef21.routes(
                 params,
-                uplink=(recipe.first if warm_up else recipe).uplink,
+                uplink=(recipe.in_warm_up if warm_up else recipe).uplink,
                 downlink=recipe.downlink,
                 topology=training.topology(config),
             )

@@ -41,7 +41,7 @@ class Recipe:
             raise ValueError(f"`warm_up` is a share of the steps in (0, 1), got {self.warm_up[0]}.")
 
     @property
-    def first(self) -> "Recipe":
+    def in_warm_up(self) -> "Recipe":
         """How the warm-up is trained; its state is that of what comes after it.
 
         Where there is extrapolation it is Nesterov's then, as all that is late is momentum.

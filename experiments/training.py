@@ -203,7 +203,7 @@ def optimizer(settings: Settings, name: str, *, warm_up: bool = False) -> ef21.D
     recipe = recipe_of(settings, name)
     oracle = ef21.Spectral(ORACLES[settings.oracle])
     return recipes.optimizer(
-        recipe.first if warm_up else recipe,
+        recipe.in_warm_up if warm_up else recipe,
         learning_rate(settings, name),
         topology=topology(settings),
         rules=ef21.with_norm(ef21.SCION_RULES, "hidden", oracle),

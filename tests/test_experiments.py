@@ -869,8 +869,8 @@ def test_a_warm_up_takes_at_least_one_evaluation_and_not_all():
 
 def test_a_warm_up_is_no_farther_ahead_than_momentum_is_late():
     recipe = recipes.Recipe(ef21.TopK(0.1), extrapolation=3.0, warm_up=(0.1, ef21.Identity()))
-    assert (recipe.first.uplink, recipe.first.extrapolation) == (ef21.Identity(), 0.9)
-    assert dataclasses.replace(recipe, extrapolation=0.0).first.extrapolation == 0
+    assert (recipe.in_warm_up.uplink, recipe.in_warm_up.extrapolation) == (ef21.Identity(), 0.9)
+    assert dataclasses.replace(recipe, extrapolation=0.0).in_warm_up.extrapolation == 0
 
 
 @pytest.mark.parametrize(
