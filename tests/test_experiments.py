@@ -846,17 +846,24 @@ def test_a_warm_up_has_the_state_of_what_comes_after_it(name):
 
 def test_a_warm_up_is_of_the_first_steps_and_its_bytes_are_counted(prose, monkeypatch):
     uplinks = {"before": ef21.Identity(), "after": ef21.TopK(0.1)}
-    both = {name: recipes.Recipe(uplink) for name, uplink in uplinks.items()}
-    both["warm"] = dataclasses.replace(both["after"], warm_up=(0.5, uplinks["before"]))
-    monkeypatch.setattr(recipes, "RECIPES", both)
+    named = {name: recipes.Recipe(uplink) for name, uplink in uplinks.items()}
+    evaluations = {"a quarter": 1, "half": 2}
+    for name, count in evaluations.items():
+        named[name] = dataclasses.replace(named["after"], warm_up=(count / 4, uplinks["before"]))
+    monkeypatch.setattr(recipes, "RECIPES", named)
     settings = dataclasses.replace(TINY_RUN, steps=8, eval_every=2)
-    found = {name: list(training.train(settings, name, corpora.load(prose))) for name in both}
-    half = [record["loss_w"] for record in found["warm"][:3]]
-    # EF21 of what is sent as it is adds and subtracts an estimate; `gluon` has none.
-    assert half == pytest.approx([record["loss_w"] for record in found["before"][:3]], rel=1e-5)
-    assert abs(found["warm"][-1]["loss_w"] - found["before"][-1]["loss_w"]) > 1e-3
-    up = {name: [record["bytes_up"] for record in found[name]] for name in both}
-    assert up["warm"] == [*up["before"][:3], *(up["before"][2] + x for x in up["after"][1:3])]
+    found = {name: list(training.train(settings, name, corpora.load(prose))) for name in named}
+    loss, up = (
+        {name: [record[key] for record in found[name]] for name in named}
+        for key in ("loss_w", "bytes_up")
+    )
+    for name, count in evaluations.items():
+        # EF21 of what is sent as it is adds and subtracts an estimate; `gluon` has none.
+        same = slice(0, count + 1)
+        assert loss[name][same] == pytest.approx(loss["before"][same], rel=1e-5)
+        assert abs(loss[name][-1] - loss["before"][-1]) > 1e-3
+        later = [up["before"][count] + x for x in up["after"][1 : 5 - count]]
+        assert up[name] == [*up["before"][same], *later]
 
 
 def test_a_warm_up_takes_at_least_one_evaluation_and_not_all():
